@@ -1,0 +1,1 @@
+"""The demo: router, agent and a real vLLM with a tiny model, started by one command (`make demo`)."""

@@ -1,0 +1,146 @@
+"""The agent as a program: what it needs is looked up, the node enrolled and run, errors told with their remedy."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+from xim_agent.link.credentials import CredentialStore
+from xim_agent.link.enrollment import Enroller, NodeFacts
+from xim_agent.link.sockets import Transport
+from xim_agent.node import VERSION, Node
+from xim_agent.settings import AgentSettings
+from xim_agent.socket_buffers import raise_socket_buffers
+from xim_agent.surroundings import look_around
+from xim_protocol.join_key import JoinKey, JoinKeyError
+from xim_protocol.messages import PROTOCOL_VERSION
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def run(settings: AgentSettings) -> int:
+    """Run the agent until a signal; the exit status: 0 after an orderly end, 1 after an error, told with its remedy."""
+    raise_file_limit()
+    raise_socket_buffers()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(serve(settings))
+        except asyncio.CancelledError:
+            log.warning("forced to stop")
+            return 1
+        except BaseExceptionGroup as group:
+            return _told_of(group)
+        except Exception as error:
+            return _told_of(BaseExceptionGroup("the agent", [error]))
+    return 0
+
+
+async def serve(settings: AgentSettings) -> None:
+    """Everything between the start and the end. Raises what an operator has to be told, with a `remedy`."""
+    stop = StopRequest()
+    surroundings = await stop.unless_asked(asyncio.to_thread(look_around, settings))
+    if surroundings is None:
+        return
+    with CredentialStore(settings.config_directory) as store, Transport() as transport:
+        facts = NodeFacts(
+            hostname=socket.gethostname(),
+            agent_version=VERSION,
+            protocol_version=PROTOCOL_VERSION,
+            name=settings.name,
+            max_concurrent=settings.max_concurrent or 0,
+        )
+        enroller = Enroller(store, facts, allow_insecure=settings.allow_insecure)
+        stored = await stop.unless_asked(enroller.start(join_key_of(settings)))
+        if stored is not None:
+            await Node(settings, surroundings, transport, enroller, stop.asked).run()
+
+
+def join_key_of(settings: AgentSettings) -> JoinKey | None:
+    """The join key, if one was given.
+
+    Raises:
+        SettingUnusable: it is no whole join key.
+    """
+    if settings.join_key is None:
+        return None
+    try:
+        return JoinKey.parse(settings.join_key.get_secret_value())
+    except JoinKeyError as error:
+        raise SettingUnusable(
+            f"XEROTIER_AGENT_JOIN_KEY: {error}.",
+            "Copy the whole key again, or make a new one: xerotier-router join-key create --project P --endpoint E",
+        ) from None
+
+
+class SettingUnusable(Exception):
+    """A setting cannot be used; `remedy` says what to do."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(f"{message} {remedy}")
+        self.message, self.remedy = message, remedy
+
+
+class StopRequest:
+    """SIGTERM and SIGINT: the first asks for an orderly end, a second one cancels the task that made this."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self._task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number.name)
+
+    def _signalled(self, name: str) -> None:
+        log.info("signal", extra={"signal": name, "again": self.asked.is_set()})
+        if self.asked.is_set() and self._task is not None:
+            self._task.cancel()
+        self.asked.set()
+
+    async def unless_asked(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`, or None when the end was asked for first."""
+        working = asyncio.ensure_future(work)
+        waiting = asyncio.ensure_future(self.asked.wait())
+        try:
+            await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            working.cancel()
+            waiting.cancel()
+            await asyncio.wait({working, waiting})
+
+
+def raise_file_limit() -> None:
+    """Every stream is a connection to the engine: take as many files as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # macOS names an infinite hard limit and refuses it.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _told_of(group: BaseExceptionGroup[BaseException]) -> int:
+    """Tell the operator of every error; 1."""
+    for error in _leaves(group):
+        remedy = getattr(error, "remedy", None)
+        if remedy is None:
+            log.error("the agent failed", exc_info=error)
+            continue
+        message = getattr(error, "message", None) or getattr(error, "reason", str(error))
+        code = getattr(error, "code", None)
+        print(f"Error: {message}{f' [{code}]' if code else ''}\n  {remedy}".rstrip(), file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]

@@ -1,0 +1,124 @@
+"""What the agent changes in a request's body: `cache_salt`, `model` and `stream_options`, and nothing else.
+
+The body is parsed and written again rather than spliced: of a duplicate key the last one counts in vLLM, and a
+client's own salt must not. Bodies over 64 KiB belong in a thread; everything here is pure.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xim_protocol.routes import Route, TerminalEvent
+
+THREAD_BYTES = 64 * 1024
+"""Bodies longer than this take over a millisecond: the caller prepares them in a thread."""
+
+_MISSING_FIELD = re.compile(rb"('loc': 'body\.[^.']+', 'msg': 'Field required', 'input': '<dict of )(\d+) items>'")
+"""Of a top-level field; what is missing further down counts the fields of another object."""
+
+
+class BodyInvalid(Exception):
+    """The body is no JSON object, so it can carry no salt and is never given to the engine. `detail` is for the
+    client and repeats nothing of the body."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedBody:
+    """A body for the engine."""
+
+    body: bytes
+    stream: bool
+    """The client asked for an event stream."""
+    take_usage_out: bool
+    """The stream's usage event was not asked for by the client: it is read and not passed on."""
+    sent_fields: int
+    """Top-level fields of the client's body."""
+    engine_fields: int
+    """Top-level fields of `body`."""
+
+    def restore_error(self, error: bytes) -> bytes:
+        """The engine's body of a 400 as it would be for the client's own body.
+
+        vLLM 0.32 says of a missing field how many fields the body has, and ours has more. It counts some of its own
+        on /v1/responses, so the difference is taken off, whatever the number.
+        """
+        added = self.engine_fields - self.sent_fields
+        return _MISSING_FIELD.sub(lambda found: b"%b%d items>'" % (found[1], int(found[2]) - added), error)
+
+
+def prepare_body(body: bytes, *, route: Route, model: str, salt: Callable[[str | None], str]) -> PreparedBody:
+    """The engine's body for a client's.
+
+    `model` is the engine's one served name. `salt` gives the tenant's salt for the one the client sent; it is not
+    called for a route that knows none.
+
+    Raises:
+        BodyInvalid: `body` is not a JSON object.
+    """
+    fields = _parse(body)
+    sent_fields = len(fields)
+    fields["model"] = model
+    if route.cache_salt:
+        _set_salt(fields, salt)
+    stream = fields.get("stream") is True and route.terminal is not TerminalEvent.NONE
+    take_usage_out = stream and route.stream_options and _ask_for_usage(fields)
+    return PreparedBody(
+        body=_written(fields),
+        stream=stream,
+        take_usage_out=take_usage_out,
+        sent_fields=sent_fields,
+        engine_fields=len(fields),
+    )
+
+
+def _parse(body: bytes) -> dict[str, object]:
+    try:
+        fields = json.loads(body)
+    except ValueError as error:  # malformed, wrongly encoded, or a number of thousands of digits
+        raise BodyInvalid("the body is not valid JSON") from error
+    except RecursionError as error:
+        raise BodyInvalid("the body is nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise BodyInvalid("the body is not a JSON object")
+    return fields
+
+
+def _written(fields: dict[str, object]) -> bytes:
+    try:
+        # ASCII: a lone surrogate, legal in JSON, cannot be written in UTF-8.
+        return json.dumps(fields, separators=(",", ":"), check_circular=False).encode("ascii")
+    except RecursionError as error:
+        raise BodyInvalid("the body is nested too deeply") from error
+
+
+def _set_salt(fields: dict[str, object], salt: Callable[[str | None], str]) -> None:
+    """Replace the client's salt by the tenant's, into which it is folded.
+
+    An empty one and one of another type stay: vLLM 0.32 refuses both in its own words, on every route that knows
+    the field, before it touches the cache.
+    """
+    sent = fields.get("cache_salt")
+    if sent is None or (isinstance(sent, str) and sent):
+        fields["cache_salt"] = salt(sent)
+
+
+def _ask_for_usage(fields: dict[str, object]) -> bool:
+    """Have the engine report usage; True when the client did not ask for it.
+
+    Options that vLLM refuses stay as they are, and so does an answer in its own words.
+    """
+    options = fields.get("stream_options")
+    if options is None:
+        options = {}
+    if not isinstance(options, dict) or options.get("include_usage") not in (None, False):
+        return False
+    fields["stream_options"] = {**options, "include_usage": True}
+    if "continuous_usage_stats" in options:
+        # Without include_usage vLLM ignores it; with ours it would put usage into every event.
+        fields["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
+    return True

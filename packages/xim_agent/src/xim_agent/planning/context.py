@@ -1,0 +1,141 @@
+"""How long sequences may be, how many run at once, and how much of the memory the engine takes."""
+
+from xim_agent.planning.budget import TYPICAL_TOKENS, Budget, shortest_context
+from xim_agent.planning.decision import Decision, Device, Given, Source, said
+from xim_agent.planning.memory import GIB
+from xim_agent.planning.operator_words import number_of
+
+CPU_CONCURRENCY = 5
+"""Where a CPU starts; memory bandwidth, not vLLM, is its limit."""
+MOST_PER_GPU = 64
+"""Automatic concurrency stays within so many requests for each GPU that shares the model."""
+CONTEXT_STEP = 1024
+"""A context that is cut to fit is rounded down to this."""
+
+
+def choose_utilization(given: Given) -> Decision:
+    """The part of each GPU's memory that the engine takes. On a CPU only when the operator set it."""
+    flag, name = "--gpu-memory-utilization", "GPU memory utilization"
+    own = said(given, flag, "gpu_memory_utilization")
+    if own is not None:
+        return Decision(
+            option=name, value=own.value, source=Source.OPERATOR, reason=own.reason, arguments=own.arguments
+        )
+    value = f"{given.settings.gpu_memory_utilization:g}"
+    if given.device is Device.CPU:
+        return Decision(option=name, value="not used", source=Source.DEFAULT, reason="the engine runs on the CPU")
+    reason = "one model for each GPU, and little beside it"
+    return Decision(option=name, value=value, source=Source.DEFAULT, reason=reason, arguments=((flag, value),))
+
+
+def utilization_of(given: Given, decision: Decision) -> float:
+    """The number that a decision of `choose_utilization` holds."""
+    try:
+        return float(decision.value)
+    except ValueError:
+        return given.settings.gpu_memory_utilization
+
+
+def judge_room(given: Given, budget: Budget) -> Decision:
+    """Whether the model fits. Only weights that are too large by themselves stop a start: the rest of the estimate is
+    a rule of thumb, and vLLM measures."""
+    name = "memory"
+    if budget.estimate is None or budget.device_bytes is None or budget.kv_bytes is None:
+        unknown = "the model's size or the memory is not known"
+        return Decision(option=name, value="not known", source=Source.AUTOMATIC, reason=unknown)
+    on_cpu = given.device is Device.CPU
+    usable = budget.device_bytes * (1.0 if on_cpu else budget.utilization)
+    weights = budget.estimate.weights_bytes
+    reason = f"{weights / GIB:.1f} GiB of weights in {usable / GIB:.1f} GiB"
+    if budget.context_fits(given, shortest_context(given)):
+        return Decision(option=name, value="fits", source=Source.AUTOMATIC, reason=reason)
+    levers = "Use a smaller model, or one that is quantised"
+    levers += ", or a machine with more memory." if on_cpu else ", more GPUs, or lower what else runs on them."
+    # With weights in the host's memory the estimate does not hold.
+    offloaded = given.words.has("--cpu-offload-gb") or given.words.has("--offload-backend")
+    if weights > usable and not offloaded:
+        problem = f"The weights alone are larger than the memory: {reason}. {levers}"
+        return Decision(option=name, value="too large", source=Source.AUTOMATIC, reason=reason, problem=problem)
+    warning = f"By the estimate the model leaves no room for {shortest_context(given)} tokens: {reason}. {levers}"
+    return Decision(option=name, value="tight", source=Source.AUTOMATIC, reason=reason, warning=warning)
+
+
+def choose_sequences(given: Given) -> Decision:
+    """The most sequences in one batch."""
+    flag, name = "--max-num-seqs", "max num seqs"
+    own = said(given, flag, "max_num_seqs")
+    if own is not None:
+        return Decision(
+            option=name, value=own.value, source=Source.OPERATOR, reason=own.reason, arguments=own.arguments
+        )
+    value = str(given.settings.max_num_seqs)
+    return Decision(
+        option=name, value=value, source=Source.DEFAULT, reason="the agent's default", arguments=((flag, value),)
+    )
+
+
+def choose_context(given: Given, budget: Budget) -> Decision:
+    """The longest context: the operator's, the model's where it fits, else what fits."""
+    flag, name = "--max-model-len", "context length"
+    most = given.model.max_position_embeddings
+    own = said(given, flag, "max_model_len")
+    if own is not None:
+        return Decision(
+            option=name,
+            value=own.value,
+            source=Source.OPERATOR,
+            reason=own.reason,
+            arguments=own.arguments,
+            warning=_too_long(given, budget, number_of(own.value)),
+        )
+    if most is None:
+        return Decision(option=name, value="vLLM's own", source=Source.MODEL, reason="config.json names no longest")
+    model = Decision(option=name, value=str(most), source=Source.MODEL, reason="max_position_embeddings of config.json")
+    if not given.settings.auto_config or budget.context_fits(given, most) is not False:
+        return model
+    fits = budget.longest(given, most)
+    about = f"of the model's {most} tokens about {fits} fit beside the weights"
+    if given.engine.fits_context:
+        return Decision(
+            option=name,
+            value="auto",
+            source=Source.AUTOMATIC,
+            reason=f"{about}; vLLM measures and takes the longest that fits",
+            arguments=((flag, "auto"),),
+        )
+    value = str(max(fits // CONTEXT_STEP * CONTEXT_STEP, CONTEXT_STEP))
+    return Decision(option=name, value=value, source=Source.AUTOMATIC, reason=about, arguments=((flag, value),))
+
+
+def choose_concurrency(given: Given, budget: Budget, sequences: Decision) -> Decision:
+    """Most requests at once; the agent tells it to the router, vLLM is not told."""
+    name = "max concurrent"
+    if given.settings.max_concurrent is not None:
+        reason = "set by XEROTIER_AGENT_MAX_CONCURRENT"
+        return Decision(option=name, value=str(given.settings.max_concurrent), source=Source.OPERATOR, reason=reason)
+    batch = number_of(sequences.value) or given.settings.max_num_seqs
+    if given.device is Device.CPU:
+        value = min(CPU_CONCURRENCY, batch)
+        reason = "where a CPU starts: its memory bandwidth is the limit"
+        return Decision(option=name, value=str(value), source=Source.HARDWARE, reason=reason)
+    most = MOST_PER_GPU * budget.tensor_parallel_size
+    if budget.kv_bytes is None:
+        reason = "max num seqs; what fits is not known"
+        return Decision(option=name, value=str(min(batch, most)), source=Source.DEFAULT, reason=reason)
+    tokens = min(TYPICAL_TOKENS, given.model.max_position_embeddings or TYPICAL_TOKENS)
+    fitting = budget.sequences(given, tokens)
+    value = max(1, min(batch, fitting, most))
+    reason = f"{fitting} sequences of {tokens} tokens fit; no more than max num seqs, nor {MOST_PER_GPU} for each GPU"
+    return Decision(option=name, value=str(value), source=Source.AUTOMATIC, reason=reason)
+
+
+def _too_long(given: Given, budget: Budget, tokens: int | None) -> str:
+    """What speaks against the operator's context; empty for nothing."""
+    if tokens is None:
+        return ""
+    most = given.model.max_position_embeddings
+    if most is not None and tokens > most and given.model.rope is None:
+        return f"vLLM refuses a context above the model's {most} tokens unless VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
+    if budget.context_fits(given, tokens) is False:
+        return f"By the estimate one sequence of {tokens} tokens does not fit: lower MAX_MODEL_LEN or use more GPUs."
+    return ""

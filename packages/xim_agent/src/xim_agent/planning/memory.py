@@ -1,0 +1,204 @@
+"""Memory that a model needs on one GPU, by component, in bytes.
+
+weights + KV cache + activations (20 % of the weights) + 1.5 GiB for CUDA, and a margin of 5 % on the sum. Weights and
+activations are divided by the tensor parallel size; the KV cache is where vLLM shards it (by KV heads, which are copied
+when there are fewer heads than GPUs; MLA's latent vector is copied to every GPU). All functions are pure.
+
+What one sequence keeps, by kind of layer:
+
+- full attention: 2 (K and V) × KV heads × head size × dtype, for every token;
+- sliding window: the same, for no more tokens than the window;
+- MLA: (kv_lora_rank + qk_rope_head_dim) × dtype for every token (vLLM's `MLAAttentionSpec`);
+- linear (gated delta net, Mamba-2): a state of fixed size, whatever the length (vLLM's `MambaStateShapeCalculator`).
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from math import ceil
+
+from xim_agent.facts.model import ModelFacts
+
+GIB = 1024**3
+ACTIVATION_SHARE = 0.20
+"""Activations as a part of the weights: about a fifth, by the published sizing rule."""
+CUDA_OVERHEAD_BYTES = 3 * GIB // 2
+"""Context, kernels and communication buffers: 1.5 GiB on every GPU, by the same rule."""
+MARGIN = 0.05
+"""Kept free above the sum of the components."""
+HALF_BYTES = 2
+"""Of one value in bfloat16 or float16, vLLM's dtype for weights and KV cache unless told otherwise."""
+STATE_BYTES = 4
+"""Of one value of a linear layer's recurrent state: float32 (`mamba_ssm_dtype` of Qwen3.5). The larger of what vLLM
+uses, so that a model that does not say is not underestimated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What one GPU has to hold, each part as that GPU's share."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    activations_bytes: int
+    overhead_bytes: int = CUDA_OVERHEAD_BYTES
+    tensor_parallel_size: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the components, without margin."""
+        return self.weights_bytes + self.kv_cache_bytes + self.activations_bytes + self.overhead_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """What is kept free above the sum."""
+        return ceil(self.total_bytes * MARGIN)
+
+    @property
+    def with_margin_bytes(self) -> int:
+        """What the GPU should have for the engine."""
+        return self.total_bytes + self.margin_bytes
+
+    def components(self) -> dict[str, int]:
+        """Every component by the name it is shown under, in the order in which they add up."""
+        return {
+            "weights": self.weights_bytes,
+            "KV cache": self.kv_cache_bytes,
+            "activations": self.activations_bytes,
+            "CUDA overhead": self.overhead_bytes,
+            "margin": self.margin_bytes,
+            "total": self.with_margin_bytes,
+        }
+
+
+def estimate(*, weights_bytes: int, kv_cache_bytes: int = 0, tensor_parallel_size: int = 1) -> Estimate:
+    """The estimate for one of `tensor_parallel_size` GPUs.
+
+    `weights_bytes` are those of the whole model, `kv_cache_bytes` those of one GPU already (`kv_cache_bytes`).
+    """
+    return Estimate(
+        weights_bytes=ceil(weights_bytes / tensor_parallel_size),
+        kv_cache_bytes=kv_cache_bytes,
+        activations_bytes=ceil(weights_bytes * ACTIVATION_SHARE / tensor_parallel_size),
+        tensor_parallel_size=tensor_parallel_size,
+    )
+
+
+def weights_bytes(model: ModelFacts, *, dtype_bytes: int = HALF_BYTES) -> int | None:
+    """Bytes of the weights once vLLM has loaded them; `None` where neither files nor config tell.
+
+    A quantised checkpoint takes what its files take. Any other is loaded with `dtype_bytes` a weight: vLLM's `auto`
+    turns float32 checkpoints into half precision (`_get_and_verify_dtype`).
+    """
+    if model.quantization is None:
+        return None if model.parameters is None else model.parameters * dtype_bytes
+    if model.checkpoint_bytes is not None:
+        return model.checkpoint_bytes
+    if model.quantization.bits is None:
+        return None
+    return quantized_weights_bytes(model, bits=stored_bits(model.quantization.bits, model.quantization.group_size))
+
+
+def quantized_weights_bytes(model: ModelFacts, *, bits: float) -> int | None:
+    """Bytes of the weights when every linear layer takes `bits` a weight and the embeddings two bytes.
+
+    vLLM quantises linear layers and experts; the input embedding and the output head keep the model's dtype
+    (`modules_to_not_convert`, `ParallelLMHead` in its quantisation methods).
+    """
+    if model.parameters is None:
+        return None
+    kept = min(2 * model.vocab_size * model.hidden_size, model.parameters)
+    return kept * HALF_BYTES + ceil((model.parameters - kept) * bits / 8)
+
+
+def stored_bits(bits: int, group_size: int | None) -> float:
+    """Bits a weight takes together with its group's scale (16 bits) and zero point (`bits`)."""
+    return bits + (16 + bits) / group_size if group_size is not None and group_size > 0 else float(bits)
+
+
+def kv_bytes_per_token(model: ModelFacts, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1) -> int:
+    """Bytes that one more token adds on one GPU while every sliding window still has room."""
+    layers = model.layers.full + model.layers.sliding
+    return layers * _layer_token_bytes(model, dtype_bytes, tensor_parallel_size)
+
+
+def sequence_bytes(
+    model: ModelFacts, tokens: int, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+) -> int:
+    """Bytes that one sequence of `tokens` tokens keeps on one GPU, over all layers."""
+    windowed = tokens if model.sliding_window is None else min(tokens, model.sliding_window)
+    kept = model.layers.full * tokens + model.layers.sliding * windowed
+    return kept * _layer_token_bytes(model, dtype_bytes, tensor_parallel_size) + state_bytes(
+        model, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size
+    )
+
+
+def state_bytes(model: ModelFacts, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1) -> int:
+    """Bytes of the fixed-size states of one sequence on one GPU; 0 where the state's shape is not known.
+
+    Each linear layer keeps a convolution's window over queries, keys and values, and one matrix per value head.
+    """
+    shape = model.linear
+    if shape is None or None in (shape.key_heads, shape.value_heads, shape.key_head_dim, shape.value_head_dim):
+        return 0
+    assert shape.key_heads is not None
+    assert shape.value_heads is not None
+    assert shape.key_head_dim is not None
+    assert shape.value_head_dim is not None
+    channels = 2 * shape.key_heads * shape.key_head_dim + shape.value_heads * shape.value_head_dim
+    window = channels * max((shape.conv_kernel or 1) - 1, 0) * dtype_bytes
+    matrices = shape.value_heads * shape.key_head_dim * shape.value_head_dim * STATE_BYTES
+    return ceil(model.layers.linear * (window + matrices) / tensor_parallel_size)
+
+
+def kv_cache_bytes(
+    model: ModelFacts, tokens: int, *, concurrent: int, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+) -> int:
+    """Bytes on one GPU for `concurrent` sequences of `tokens` tokens each."""
+    return concurrent * sequence_bytes(
+        model, tokens, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size
+    )
+
+
+def kv_budget_bytes(memory_bytes: int, utilization: float, without_kv: Estimate) -> int:
+    """What `utilization` of a GPU leaves for the KV cache beside `without_kv`, margin kept; never below 0."""
+    usable = memory_bytes * utilization / (1 + MARGIN)
+    return max(int(usable) - without_kv.total_bytes + without_kv.kv_cache_bytes, 0)
+
+
+def concurrency_that_fits(
+    model: ModelFacts, budget_bytes: int, tokens: int, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+) -> int:
+    """How many sequences of `tokens` tokens fit into `budget_bytes` of one GPU's memory."""
+    one = sequence_bytes(model, tokens, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size)
+    return budget_bytes // one if one else 0
+
+
+def context_that_fits(
+    model: ModelFacts,
+    budget_bytes: int,
+    *,
+    most: int,
+    concurrent: int = 1,
+    dtype_bytes: int = HALF_BYTES,
+    tensor_parallel_size: int = 1,
+) -> int:
+    """The longest sequence, up to `most` tokens, that fits `concurrent` times into `budget_bytes`; 0 when none does."""
+
+    def needed(tokens: int) -> int:
+        return kv_cache_bytes(
+            model,
+            tokens,
+            concurrent=concurrent,
+            dtype_bytes=dtype_bytes,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+
+    # Bytes never shrink with tokens, so the border is found by bisection rather than by one formula per kind of layer.
+    return bisect_right(range(1, most + 1), budget_bytes, key=needed)
+
+
+def _layer_token_bytes(model: ModelFacts, dtype_bytes: int, tensor_parallel_size: int) -> int:
+    """Bytes of one token in one attention layer on one GPU."""
+    if model.mla is not None:
+        return (model.mla.kv_lora_rank + model.mla.qk_rope_head_dim) * dtype_bytes
+    heads = max(model.kv_heads // tensor_parallel_size, 1)
+    return 2 * heads * model.head_dim * dtype_bytes

@@ -1,0 +1,296 @@
+"""Composition root of the router: builds every part, starts them in order and stops them in order.
+
+Start: database and catalog, agents' sockets, HTTP. Stop: nothing new, running requests get their grace, clients and
+agents that are left are told, sockets and database are closed.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+import uvicorn
+import uvloop
+import zmq
+from starlette.types import ASGIApp
+
+from xim_router.control.errors import ControlError
+from xim_router.control.plane import ControlPlane
+from xim_router.dispatch.dispatcher import Dispatcher
+from xim_router.dispatch.roster import Standing
+from xim_router.http.front import Front
+from xim_router.http.inference import Inference, InferenceLimits
+from xim_router.http.operations import MetricsApp, Readiness
+from xim_router.http.response import ResponseBuffers
+from xim_router.link.broker import Broker
+from xim_router.link.gatekeeper import Gatekeeper
+from xim_router.link.journal import Journal
+from xim_router.link.transport import Transport
+from xim_router.settings import RouterSettings
+from xim_router.supervisor import UNUSABLE_STATUS
+from xim_router.telemetry.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+NOT_SENT_BYTES = 32 * 1024
+"""So much of an answer may wait in the kernel for a client that takes nothing."""
+LEAVE_S = 2.0
+"""How long the database gets to hear that this router leaves the mesh; else its lease says so."""
+TELL_S = 0.25
+"""How long clients and agents get to take the news that this router ends."""
+
+
+class CannotStart(Exception):
+    """The router cannot start for a reason that an operator can mend; the message says how."""
+
+
+def serve(settings: RouterSettings, worker: int | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends at once.
+
+    `worker` is this process's number where it is one of several: it shares the HTTP port, and ends with its parent.
+
+    Raises:
+        SystemExit: with `UNUSABLE_STATUS` where the router cannot start; the reason and the remedy are printed.
+    """
+    _raise_descriptor_limit()
+    # Its lines of start and stop say less than ours; its warnings and errors stay.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        uvloop.run(Router(settings if worker is None else settings.of_worker(worker), worker).run())
+    except (CannotStart, ControlError) as error:
+        remedy = getattr(error, "remedy", "")
+        click.echo(f"Error: {error}" + (f"\n{remedy}" if remedy else ""), err=True)
+        raise SystemExit(1 if worker is None else UNUSABLE_STATUS) from None
+
+
+class Router:
+    """One router process."""
+
+    def __init__(self, settings: RouterSettings, worker: int | None = None) -> None:
+        """`settings` are this process's own; `worker` as for `serve`."""
+        self._settings = settings
+        self._worker = worker
+        self._stopping = asyncio.Event()
+        self._stopped_twice = asyncio.Event()
+
+    async def run(self) -> None:
+        """Start, serve, stop."""
+        settings = self._settings
+        dispatcher = Dispatcher(queue_timeout_s=settings.single_agent_queue_timeout_s)
+        age: dict[str, ControlPlane] = {}
+        # The catalog is asked of the broker, which is built from the metrics: known by the first scrape.
+        metrics = RouterMetrics(
+            statistics=dispatcher.statistics,
+            catalog=lambda: broker.catalog,
+            control_stale_s=lambda: age["control"].stale_s if "control" in age else None,
+        )
+        control = ControlPlane(settings, lambda catalog: broker.publish(catalog), member=self._worker or 0)
+        broker = Broker(dispatcher=dispatcher, journal=Journal(metrics), report_seen=control.report_seen)
+        metrics.read_links = broker.reading
+        async with contextlib.AsyncExitStack() as stack:
+            await control.start()
+            stack.push_async_callback(control.close)
+            age["control"] = control
+            stack.enter_context(self._link(broker, control))
+            await control.join()
+            inference = self._inference(broker, control, metrics)
+            front = Front(inference, broker, control.api(), _readiness(broker, control))
+            self._watch = inference.watch
+            await self._serve(broker, control, front, metrics)
+
+    def _inference(self, broker: Broker, control: ControlPlane, metrics: RouterMetrics) -> Inference:
+        settings = self._settings
+        buffers = ResponseBuffers(
+            per_response_bytes=settings.response_buffer_bytes,
+            total_bytes=settings.response_buffer_total_bytes,
+            hot=metrics.hot,
+        )
+        limits = InferenceLimits(
+            max_body_bytes=settings.max_body_bytes,
+            request_timeout_s=settings.request_timeout_s,
+            client_stall_timeout_s=settings.client_stall_timeout_s,
+        )
+        return Inference(broker, hash_key=control.api_key_hash, buffers=buffers, limits=limits)
+
+    @contextlib.contextmanager
+    def _link(self, broker: Broker, control: ControlPlane) -> Iterator[None]:
+        """The agents' sockets, from bind to close."""
+        settings, loop = self._settings, asyncio.get_running_loop()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # The handler is bound before the sockets are: without one, CURVE admits every key.
+        gatekeeper = Gatekeeper(context, broker.admit)
+        transport = Transport(context, broker, server_secret_key=control.curve_keypair.secret_key)
+        try:
+            try:
+                transport.bind(settings.resolved_link_host, settings.control_port, settings.streaming_port)
+            except zmq.ZMQError as error:
+                where = f"{settings.resolved_link_host}:{settings.control_port} or :{settings.streaming_port}"
+                raise CannotStart(
+                    f"The agents' ports {where} cannot be bound: {error.strerror}. Stop what uses them, or set "
+                    "XEROTIER_ROUTER_CONTROL_PORT and XEROTIER_ROUTER_STREAMING_PORT."
+                ) from None
+            gatekeeper.start(loop)
+            transport.start(loop)
+            broker.attach(transport)
+            yield
+        finally:
+            transport.close()
+            gatekeeper.close(loop)
+            context.destroy(linger=0)
+
+    async def _serve(self, broker: Broker, control: ControlPlane, front: ASGIApp, metrics: RouterMetrics) -> None:
+        settings, loop = self._settings, asyncio.get_running_loop()
+        http = _Server(_http_config(settings, front))
+        shared = self._worker is not None
+        port = _listen(settings.http_host, settings.http_port, "XEROTIER_ROUTER_HTTP_PORT", shared=shared)
+        servers = [(http, port)]
+        if not settings.disable_metrics:
+            listener = _listen(settings.metrics_host, settings.metrics_port, "XEROTIER_ROUTER_METRICS_PORT")
+            servers.append((_Server(_config(MetricsApp(metrics.registry))), listener))
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._on_signal)
+        if shared:
+            # The parent holds the other end and writes nothing: what is read is its end, however that came about.
+            loop.add_reader(sys.stdin.fileno(), self._on_orphaned)
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(control.run(), name="control")]
+            if settings.sse_ping_s:
+                background.append(tasks.create_task(_ping(broker, settings.sse_ping_s), name="ping"))
+            for server, listener in servers:
+                tasks.create_task(server.serve(sockets=[listener]), name="http")
+            log.info("serving", extra={"http": f"{settings.http_host}:{settings.http_port}"})
+            await self._stopping.wait()
+            await self._stop(broker, control, [server for server, _ in servers])
+            for task in background:
+                task.cancel()
+
+    async def _stop(self, broker: Broker, control: ControlPlane, servers: list["_Server"]) -> None:
+        """Nothing new; grace for what runs; then tell the rest."""
+        log.info("stopping", extra={"in_flight": broker.in_flight, "grace_s": self._settings.shutdown_grace_s})
+        for server in servers:
+            # Where several processes share the port, the others get what comes from here on.
+            server.stop_listening()
+            server.should_exit = True
+        broker.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await control.leave()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.shutdown_grace_s):
+                await self._idle(broker)
+        broker.shut()
+        await asyncio.sleep(TELL_S)
+        if sum(server.cut_off() for server in servers):
+            await asyncio.sleep(TELL_S)
+        for server in servers:
+            server.force_exit = True
+
+    async def _idle(self, broker: Broker) -> None:
+        """Returns when no request runs and every client has its answer, or at the second signal."""
+        while (broker.in_flight or self._watch.unfinished) and not self._stopped_twice.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await self._stopped_twice.wait()
+
+    def _on_orphaned(self) -> None:
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        log.warning("the parent process is gone")
+        self._on_signal()
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
+            self._stopped_twice.set()
+        self._stopping.set()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: this process has one place for them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    def cut_off(self) -> int:
+        """Close the connections that are left, so that their handlers end by themselves; returns how many."""
+        connections = list(self.server_state.connections)
+        for connection in connections:
+            connection.transport.abort()
+        return len(connections)
+
+    def stop_listening(self) -> None:
+        """Accept nothing more; connections that are open stay."""
+        for server in self.servers if self.started else ():
+            server.close()
+
+
+def _config(app: ASGIApp) -> uvicorn.Config:
+    # No access log: the broker writes one line per request, at its end.
+    return uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False, loop="none")
+
+
+def _http_config(settings: RouterSettings, front: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        front,
+        http="httptools",
+        ws="none",
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Nothing here asks for the client's address or scheme, so nobody need be believed about them.
+        proxy_headers=False,
+        # Longer than the usual idle timeout of a proxy in front, so that it is never we who close a reused connection.
+        timeout_keep_alive=75,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
+def _listen(host: str, port: int, variable: str, *, shared: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=4096, reuse_port=shared)
+    except OSError as error:
+        raise CannotStart(
+            f"{host}:{port} cannot be bound: {error.strerror}. Stop what uses it, or set {variable}."
+        ) from None
+    with contextlib.suppress(AttributeError, OSError):
+        # Connections inherit it. Without it the kernel takes megabytes for a client that reads nothing, and nobody
+        # sees that they wait; what is under way to a client that reads is not limited by it.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_BYTES)
+    return listener
+
+
+def _readiness(broker: Broker, control: ControlPlane) -> Callable[[], Readiness]:
+    def read() -> Readiness:
+        statistics = broker.statistics()
+        serving = [agent for agent in statistics.agents.values() if agent.standing is Standing.SERVING]
+        return Readiness(
+            control_stale_s=control.stale_s,
+            agents_ready=len(serving),
+            endpoints_ready=len({agent.endpoint for agent in serving}),
+            shutting_down=statistics.shutting_down,
+        )
+
+    return read
+
+
+async def _ping(broker: Broker, interval_s: float) -> None:
+    """Two silent looks make a ping: a stream is pinged between one and one and a half intervals after its last byte."""
+    while True:
+        await asyncio.sleep(interval_s / 2)
+        broker.ping()
+
+
+def _raise_descriptor_limit() -> None:
+    """One client is one descriptor; the soft limit of most systems is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,71 @@
+"""What can go wrong in the control plane that an operator can act on; each says what to do."""
+
+from pathlib import Path
+
+
+class ControlError(Exception):
+    """Root of the control plane's errors; `remedy` is what the operator does about it."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class DatabaseUnavailable(ControlError):
+    """The database cannot be reached, or did not answer in time; what was asked did not happen."""
+
+    def __init__(self, cause: BaseException) -> None:
+        # The driver's message may quote the URL with its password, so only its kind is passed on.
+        super().__init__(
+            f"The database does not answer ({type(cause).__name__}).",
+            "Check XEROTIER_ROUTER_DATABASE_URL and that the database runs, then: xerotier-router db check",
+        )
+
+
+class SchemaNotCurrent(ControlError):
+    """The database was made by another version of the router."""
+
+
+class SecretKeyMismatch(ControlError):
+    """The secret key is not the one that the database was written with."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The secret key does not belong to this database: no API key, join key or agent would be recognised.",
+            "Set XEROTIER_ROUTER_SECRET_KEY, or _SECRET_KEY_FILE, to the key that the database was first used with, "
+            "or use another database.",
+        )
+
+
+class KeyFileUnusable(ControlError):
+    """A key file or the data directory cannot be read, written or understood."""
+
+
+class NotFound(ControlError):
+    """A command names something that is not there."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        command = kind.replace("API key", "key").replace(" ", "-")
+        super().__init__(f"There is no {kind} {name!r}.", f"List them: xerotier-router {command} list")
+
+
+class AlreadyExists(ControlError):
+    """A name is taken."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"There is a {kind} {name!r} already.", "Choose another name.")
+
+
+class InvalidValue(ControlError):
+    """A command was given a value that breaks its rule."""
+
+    def __init__(self, name: str, rule: str) -> None:
+        super().__init__(f"{name} {rule}.", f"Give another value for {name}.")
+
+
+def unusable(path: Path, error: OSError) -> KeyFileUnusable:
+    """The error for a directory or file that the operating system refuses."""
+    return KeyFileUnusable(
+        f"{path} cannot be used: {error.strerror}.",
+        f'Set XEROTIER_ROUTER_DATA_DIR to a directory of this user, or: sudo chown -R "$(id -u):$(id -g)" {path}',
+    )

@@ -1,0 +1,1 @@
+"""Migrations of the control plane's database, run by `control.database`; one file per change."""

@@ -1,0 +1,115 @@
+"""The one ASGI application of the router: sorts requests by path.
+
+Relayed routes are raw ASGI and come first; a few small answers are made here; everything else is the control
+plane's application. Every error is answered by the one table, with the request's id.
+"""
+
+import logging
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from xim_protocol.routes import ROUTES_BY_PATH
+from xim_router.http.answer import Answer, send_answer
+from xim_router.http.errors import ApiError, answer
+from xim_router.http.inference import Inference, RequestIds, identify
+from xim_router.http.models import get_model, list_models
+from xim_router.http.operations import Readiness, healthz, readyz
+from xim_router.link.broker import Broker
+
+log = logging.getLogger(__name__)
+
+MODELS_PATH = "/v1/models"
+
+
+class Front:
+    """See the module's docstring."""
+
+    def __init__(
+        self, inference: Inference, broker: Broker, control: ASGIApp, readiness: Callable[[], Readiness]
+    ) -> None:
+        self._inference = inference
+        self._broker = broker
+        self._control = control
+        self._readiness = readiness
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"this router does not speak {scope['type']}")
+        ids = identify(scope)
+        request_id = ids.shown
+        try:
+            await self._route(scope, receive, send, request_id)
+        except ApiError as error:
+            log.info("request refused", extra=_facts(scope, ids) | {"code": error.code})
+            await _send_error(send, error, request_id, scope["method"])
+        except Exception:
+            log.exception("request failed", extra=_facts(scope, ids))
+            await _send_error(send, ApiError("internal_error"), request_id, scope["method"])
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        path: str = scope["path"]
+        project = slug = None
+        route = ROUTES_BY_PATH.get(path)
+        if route is None:
+            project, slug, path = _split(path)
+            route = ROUTES_BY_PATH.get(path)
+        if route is not None:
+            _require_method(scope, "POST")
+            await self._inference.relay(scope, receive, send, route, project, slug)
+            return
+        made = self._small_answer(scope, path, project, slug, request_id)
+        if made is None:
+            await self._control(scope, receive, send)
+        else:
+            await send_answer(send, made, head_only=scope["method"] == "HEAD")
+
+    def _small_answer(
+        self, scope: Scope, path: str, project: str | None, slug: str | None, request_id: str
+    ) -> Answer | None:
+        if project is None and path in ("/healthz", "/readyz"):
+            _require_method(scope, "GET", "HEAD")
+            return healthz(request_id) if path == "/healthz" else readyz(self._readiness(), request_id)
+        if path != MODELS_PATH and not path.startswith(MODELS_PATH + "/"):
+            return None
+        _require_method(scope, "GET", "HEAD")
+        catalog, principal = self._broker.catalog, self._inference.principal(scope)
+        if path == MODELS_PATH:
+            return list_models(catalog, principal, project, slug, request_id)
+        return get_model(catalog, principal, project, slug, path.removeprefix(MODELS_PATH + "/"), request_id)
+
+
+def _facts(scope: Scope, ids: RequestIds) -> dict[str, object]:
+    """What a log line says of a request that never became an exchange."""
+    return {"request": ids.own, "client_request": ids.client, "path": scope["path"][:200]}
+
+
+def _split(path: str) -> tuple[str | None, str | None, str]:
+    """`/{project}/{endpoint}/v1/...` as its three parts; any other path as it is."""
+    parts = path.split("/", 3)
+    if len(parts) == 4 and parts[1] and parts[2] and parts[1] != "v1":
+        rest = "/" + parts[3]
+        if rest in ROUTES_BY_PATH or rest.startswith(MODELS_PATH):
+            return parts[1], parts[2], rest
+    return None, None, path
+
+
+class _MethodNotAllowed(ApiError):
+    """Carries what is allowed, which a 405 must name (RFC 9110, section 15.5.6)."""
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        super().__init__("method_not_allowed", f"Use {' or '.join(allowed)}.")
+        self.allowed = allowed
+
+
+def _require_method(scope: Scope, *allowed: str) -> None:
+    if scope["method"] not in allowed:
+        raise _MethodNotAllowed(allowed)
+
+
+async def _send_error(send: Send, error: ApiError, request_id: str, method: str) -> None:
+    made = answer(error, request_id)
+    headers = made.headers
+    if isinstance(error, _MethodNotAllowed):
+        headers = [*headers, (b"allow", ", ".join(error.allowed).encode())]
+    await send_answer(send, Answer(status=made.status, headers=headers, body=made.body), head_only=method == "HEAD")

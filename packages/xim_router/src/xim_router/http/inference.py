@@ -1,0 +1,181 @@
+"""The relayed routes: raw ASGI, from a client's request to an exchange at the broker.
+
+The body is read once and stays bytes; the broker drives the response from the sockets' callbacks (`HttpResponse`).
+This coroutine waits in `receive()` meanwhile, which returns when the client leaves or when the response is complete:
+one wait for both, and no task for either.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import Receive, Scope, Send
+
+from xim_protocol.ids import RequestId
+from xim_protocol.routes import Route
+from xim_router.dispatch.catalog import Endpoint, Principal
+from xim_router.http.auth import principal_of, resolve_endpoint
+from xim_router.http.client_watch import ClientWatch
+from xim_router.http.errors import ApiError, new_request_id
+from xim_router.http.request import (
+    Disconnected,
+    RequestHead,
+    check_content_type,
+    client_request_id,
+    header,
+    read_body,
+    read_head,
+)
+from xim_router.http.response import HttpResponse, ResponseBuffers
+from xim_router.link.broker import Broker
+from xim_router.link.exchange import Exchange
+
+log = logging.getLogger(__name__)
+
+RELAYED_HEADERS = (b"accept", b"anthropic-version", b"anthropic-beta", b"x-slo-ttft-ms", b"x-slo-tpot-ms")
+"""What an engine may see of a client's headers; never credentials or cookies."""
+_HEADER_CHARACTERS = 1_024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestIds:
+    """The router's own id of a request, and the client's where it sent a well-formed one."""
+
+    own: str
+    client: str | None
+
+    @property
+    def shown(self) -> str:
+        """What stands in `X-Request-ID`; the log line has both."""
+        return self.client or self.own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceLimits:
+    """What one request may take."""
+
+    max_body_bytes: int
+    request_timeout_s: float
+    client_stall_timeout_s: float
+
+
+class Inference:
+    """Relays requests to agents."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        hash_key: Callable[[str], bytes],
+        buffers: ResponseBuffers,
+        limits: InferenceLimits,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`hash_key` is the keyed hash of an API key; `clock` Unix seconds."""
+        self._broker = broker
+        self._hash_key = hash_key
+        self._buffers = buffers
+        self._limits = limits
+        self._clock = clock
+        self.watch = ClientWatch(broker, buffers.hot, timeout_s=limits.client_stall_timeout_s)
+
+    def principal(self, scope: Scope) -> Principal:
+        """Who asks.
+
+        Raises:
+            ApiError: as `auth.principal_of`.
+        """
+        headers = scope["headers"]
+        return principal_of(
+            header(headers, b"authorization"),
+            header(headers, b"x-api-key"),
+            self._broker.catalog,
+            self._hash_key,
+            self._clock(),
+        )
+
+    async def relay(
+        self, scope: Scope, receive: Receive, send: Send, route: Route, project: str | None, slug: str | None
+    ) -> None:
+        """Serve one request of `route`; `project` and `slug` are the URL's, if it has them.
+
+        Raises:
+            ApiError: the request cannot be admitted; nothing was sent.
+        """
+        loop = asyncio.get_running_loop()
+        received_at = loop.time()
+        principal = self.principal(scope)
+        headers = scope["headers"]
+        check_content_type(header(headers, b"content-type"))
+        try:
+            async with asyncio.timeout_at(received_at + self._limits.request_timeout_s):
+                body = await read_body(receive, self._limits.max_body_bytes, headers)
+        except TimeoutError:
+            raise ApiError("request_timeout", "The request body did not arrive in time.") from None
+        if isinstance(body, Disconnected):
+            return
+        head = read_head(body)
+        endpoint = resolve_endpoint(self._broker.catalog, principal, project, slug, head.model)
+        self._check_continuation(head, endpoint)
+        ids: RequestIds = scope["state"]["request_ids"]
+        exchange: Exchange
+        sink = HttpResponse(
+            send,
+            route=route,
+            request_id=ids.shown,
+            buffers=self._buffers,
+            on_consumed=lambda size: self._broker.consumed(exchange, size),
+        )
+        exchange = Exchange(
+            request=RequestId(ids.own),
+            client_request=ids.client,
+            project=principal.project,
+            endpoint=endpoint,
+            route=route,
+            body=body,
+            headers=_relayed(headers),
+            sink=sink,
+            received_at=received_at,
+            deadline=received_at + self._limits.request_timeout_s,
+        )
+        timer = loop.call_at(exchange.deadline, self._broker.time_up, exchange)
+        self.watch.add(exchange, sink)
+        try:
+            self._broker.open(exchange)
+            # Ended by the client's leaving or by the whole response; a stray empty message ends nothing.
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            timer.cancel()
+            self._broker.close(exchange)
+            sink.close()
+            self.watch.leave(exchange)
+
+    def _check_continuation(self, head: RequestHead, endpoint: Endpoint) -> None:
+        """A stored response lives in one engine's memory: with several agents it cannot be found again."""
+        if not head.continues_response:
+            return
+        agents = sum(agent.endpoint == endpoint.endpoint for agent in self._broker.catalog.agents.values())
+        if agents > 1:
+            raise ApiError(
+                "invalid_request",
+                "`previous_response_id` needs an endpoint that one agent alone serves. Send the whole conversation.",
+                param="previous_response_id",
+            )
+
+
+def identify(scope: Scope) -> RequestIds:
+    """The ids of this request, left in the scope's state; the control plane's application reads `request_id` there."""
+    ids = RequestIds(own=new_request_id(), client=client_request_id(scope["headers"]))
+    scope.setdefault("state", {}).update(request_ids=ids, request_id=ids.shown)
+    return ids
+
+
+def _relayed(headers: list[tuple[bytes, bytes]]) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in headers
+        if name in RELAYED_HEADERS and len(value) <= _HEADER_CHARACTERS
+    )

@@ -1,0 +1,144 @@
+"""What the broker counts and logs: one line per request at its end, numbers for the rest. Nothing per chunk."""
+
+import logging
+
+from prometheus_client import Counter, Histogram
+
+from xim_protocol.errors import FaultReason
+from xim_protocol.messages import FailCode
+from xim_router.dispatch.effects import Rejection
+from xim_router.link.exchange import Exchange
+from xim_router.telemetry.metrics import ClientPhase, QueueOutcome, RetryReason, RouterMetrics
+
+log = logging.getLogger("xim_router.request")
+
+_RETRIES = {
+    FailCode.AGENT_LOST: RetryReason.AGENT_LOST,
+    FailCode.ENGINE_UNAVAILABLE: RetryReason.ENGINE_UNAVAILABLE,
+}
+
+
+class Journal:
+    """Keeps the broker's branches free of metrics and log fields."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        # `labels()` costs more than counting does; there are as many as endpoints and outcomes.
+        self._requests: dict[tuple[str, str, str], Counter] = {}
+        self._seconds: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
+
+    # --- Per message -----------------------------------------------------------------------------------------------
+
+    def message(self, entries: int, chunks: int, received_bytes: int) -> None:
+        """One message of an agent, with so many entries of streams, chunks among them."""
+        hot = self._metrics.hot
+        hot.wire_messages_received += 1
+        if entries:
+            hot.count_entries(entries)
+            hot.relayed_chunks += chunks
+            hot.relayed_bytes += received_bytes
+
+    def fenced(self) -> None:
+        """A message came by a link that is not the agent's latest."""
+        self._metrics.hot.fenced_messages += 1
+
+    def fault(self, reason: FaultReason) -> None:
+        """An agent broke the protocol."""
+        self._metrics.protocol_faults.labels(reason.value).inc()
+
+    def link_lost(self) -> None:
+        """A link was lost while its session lived."""
+        self._metrics.link_lost.inc()
+
+    def lease_expired(self) -> None:
+        """A session ended because its lease was not renewed."""
+        self._metrics.lease_expired.inc()
+
+    # --- Per request -----------------------------------------------------------------------------------------------
+
+    def assigned(self, exchange: Exchange) -> None:
+        """The request goes to an agent."""
+        if exchange.queue_wait_s:
+            self._metrics.queue_wait_seconds.labels(QueueOutcome.ASSIGNED).observe(exchange.queue_wait_s)
+
+    def rejected(self, exchange: Exchange, reason: Rejection) -> None:
+        """The request was turned away."""
+        if exchange.queue_wait_s:
+            timed_out = reason is Rejection.QUEUE_TIMEOUT
+            outcome = QueueOutcome.TIMED_OUT if timed_out else QueueOutcome.REJECTED
+            self._metrics.queue_wait_seconds.labels(outcome).observe(exchange.queue_wait_s)
+
+    def retried(self, code: FailCode) -> None:
+        """An attempt failed before the commit point."""
+        self._metrics.retries.labels(_RETRIES.get(code, RetryReason.FAILED)).inc()
+
+    def refused(self) -> None:
+        """An agent did not take the request; it goes back."""
+        self._metrics.retries.labels(RetryReason.REFUSED).inc()
+
+    def failed(self, code: FailCode) -> None:
+        """A stream ended without its whole answer."""
+        if code is FailCode.STALLED:
+            self._metrics.credit_stalled.inc()
+
+    def client_stalled(self, exchange: Exchange) -> None:
+        """A client took nothing for too long."""
+        self._metrics.client_stalled.inc()
+        if exchange.concluded:
+            # Its line was written when the answer was whole, and does not say that nobody took it.
+            log.warning("client cut off", extra={"request": exchange.request, "bytes": exchange.received_bytes})
+
+    def left(self, exchange: Exchange) -> None:
+        """The client left before its answer was whole."""
+        if exchange.sink.committed:
+            phase = ClientPhase.ANSWERING
+        else:
+            phase = ClientPhase.PARKED if exchange.stream is None else ClientPhase.DISPATCHED
+        self._metrics.client_disconnects.labels(phase).inc()
+
+    def concluded(self, exchange: Exchange, code: str | None, now: float) -> None:
+        """The one line of a request, and its figures."""
+        outcome = code or str(exchange.status or 0)
+        endpoint = exchange.endpoint
+        names = (endpoint.project, endpoint.slug)
+        self._count(names, outcome)
+        request_seconds, ttft_seconds = self._histograms(names)
+        request_seconds.observe(now - exchange.received_at)
+        ttft_s = None if exchange.first_byte_at is None else exchange.first_byte_at - exchange.received_at
+        if ttft_s is not None:
+            ttft_seconds.observe(ttft_s)
+        log.log(
+            logging.INFO if code is None or code == "client_closed_request" else logging.WARNING,
+            "request",
+            extra={
+                "request": exchange.request,
+                "client_request": exchange.client_request,
+                "project": exchange.project,
+                "endpoint": endpoint.slug,
+                "path": exchange.route.path,
+                "agent": exchange.agent,
+                "outcome": outcome,
+                "status": exchange.status,
+                "attempts": exchange.attempts,
+                "queue_wait_s": round(exchange.queue_wait_s, 3),
+                "ttft_s": None if ttft_s is None else round(ttft_s, 3),
+                "total_s": round(now - exchange.received_at, 3),
+                "chunks": exchange.chunks,
+                "bytes": exchange.received_bytes,
+                "usage": exchange.usage,
+            },
+        )
+
+    def _count(self, names: tuple[str, str], outcome: str) -> None:
+        counter = self._requests.get((*names, outcome))
+        if counter is None:
+            counter = self._requests[(*names, outcome)] = self._metrics.requests.labels(*names, outcome)
+        counter.inc()
+
+    def _histograms(self, names: tuple[str, str]) -> tuple[Histogram, Histogram]:
+        found = self._seconds.get(names)
+        if found is None:
+            metrics = self._metrics
+            found = (metrics.request_seconds.labels(*names), metrics.ttft_seconds.labels(*names))
+            self._seconds[names] = found
+        return found

@@ -1,0 +1,143 @@
+"""The agents' links: which sockets belong to whose session, and what waits to be sent.
+
+Per agent only the routing ids of its latest Hello and Attach count; what comes by any other is nobody's. That is the
+fence. Sends are gathered and leave once per loop tick.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from xim_protocol.codec import encode
+from xim_protocol.ids import AgentId
+from xim_protocol.messages import Channel, Goodbye, GoodbyeCode, Message
+from xim_router.link.agent_link import RETRY_INTERVAL_S, AgentLink
+from xim_router.link.transport import RoutingId, SendResult, Transport
+
+LATER_S = 0.01
+"""How long an agent may remember a closed stream, so that short requests need no message for it alone."""
+SHUT_DELAY_S = 0.2
+"""Between a Goodbye and the end of its TCP connection, so that the Goodbye arrives."""
+
+
+class Links:
+    """Binds sessions to sockets; knows nothing of requests."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_lost: Callable[[AgentLink], None]) -> None:
+        """`on_lost` is told of a link whose peer is gone or takes nothing any more."""
+        self._loop = loop
+        self._on_lost = on_lost
+        self._transport: Transport | None = None
+        self._by_agent: dict[AgentId, AgentLink] = {}
+        self._bound: dict[Channel, dict[RoutingId, AgentLink]] = {channel: {} for channel in Channel}
+        self._shutting: set[tuple[Channel, int]] = set()
+        self._touched: dict[AgentLink, None] = {}
+        self._flush_scheduled = False
+
+    @property
+    def transport(self) -> Transport:
+        """The sockets; attached before the first message comes."""
+        assert self._transport is not None, "attach a transport first"
+        return self._transport
+
+    def attach(self, transport: Transport) -> None:
+        """Send through `transport` from here on."""
+        self._transport = transport
+
+    def __iter__(self) -> Iterator[AgentLink]:
+        return iter(list(self._by_agent.values()))
+
+    def get(self, agent: AgentId | None) -> AgentLink | None:
+        """The latest link of `agent`."""
+        return None if agent is None else self._by_agent.get(agent)
+
+    def bound(self, channel: Channel, routing_id: RoutingId) -> AgentLink | None:
+        """Whose link a message came by."""
+        return self._bound[channel].get(routing_id)
+
+    # --- Binding ---------------------------------------------------------------------------------------------------
+
+    def add(self, link: AgentLink) -> None:
+        """`link` is its agent's latest from here on."""
+        self._by_agent[link.agent] = link
+
+    def remove(self, link: AgentLink) -> bool:
+        """Forget `link`; false when it was forgotten before."""
+        return self._by_agent.pop(link.agent, None) is not None
+
+    def bind(self, link: AgentLink, channel: Channel, routing_id: RoutingId, descriptor: int) -> None:
+        """One half of `link` runs over this connection."""
+        link.routing_ids[channel] = routing_id
+        link.descriptors[channel] = descriptor
+        self._bound[channel][routing_id] = link
+
+    def unbind(self, link: AgentLink) -> None:
+        """Nothing is taken from or sent to the sockets of `link` any more; they are shut."""
+        for channel, routing_id in link.routing_ids.items():
+            self._bound[channel].pop(routing_id, None)
+        link.routing_ids.clear()
+        link.drop_queue()
+        for channel, descriptor in link.descriptors.items():
+            self.shut_later(channel, descriptor)
+        link.descriptors.clear()
+
+    def disconnected(self, channel: Channel, descriptor: int) -> AgentLink | None:
+        """A TCP connection is gone; returns the link it belonged to, if that still counts."""
+        self._shutting.discard((channel, descriptor))
+        for link in self._by_agent.values():
+            if link.descriptors.get(channel) == descriptor:
+                del link.descriptors[channel]
+                return link
+        return None
+
+    # --- Sending ---------------------------------------------------------------------------------------------------
+
+    def touch(self, link: AgentLink) -> None:
+        """`link` has something to send: once per tick, however often it is touched."""
+        self._touched[link] = None
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def touch_later(self, link: AgentLink) -> None:
+        """`link` has something to send that can wait for company."""
+        if not link.touched_later:
+            link.touched_later = True
+            self._loop.call_later(LATER_S, self._touch_now, link)
+
+    def _touch_now(self, link: AgentLink) -> None:
+        link.touched_later = False
+        self.touch(link)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        touched, self._touched = self._touched, {}
+        for link in touched:
+            if not link.routing_ids:
+                continue
+            result = link.flush(self.transport)
+            if result is SendResult.FULL:
+                self._loop.call_later(RETRY_INTERVAL_S, self.touch, link)
+            elif result is SendResult.UNREACHABLE:
+                self._on_lost(link)
+        self.transport.after_sends()
+
+    def reply(self, routing_id: RoutingId, message: Message) -> None:
+        """Answer a control peer that has no link; if it takes nothing, nothing is lost."""
+        self.transport.send(Channel.CONTROL, routing_id, encode(message))
+
+    def turn_away(self, routing_id: RoutingId, descriptor: int, code: GoodbyeCode, message: str) -> None:
+        """Say Goodbye to a peer that gets no link."""
+        self.reply(routing_id, Goodbye(code=code, message=message))
+        self.shut_later(Channel.CONTROL, descriptor)
+
+    def shut_later(self, channel: Channel, descriptor: int) -> None:
+        """Shut a TCP connection in a moment, unless it is gone by then."""
+        self._shutting.add((channel, descriptor))
+        self._loop.call_later(SHUT_DELAY_S, self._shut, channel, descriptor)
+
+    def _shut(self, channel: Channel, descriptor: int) -> None:
+        self.transport.read_monitors()
+        # Still listed means that no monitor event reported it gone, so the number was not used again.
+        if (channel, descriptor) in self._shutting:
+            self._shutting.discard((channel, descriptor))
+            self.transport.shut_connection(descriptor)

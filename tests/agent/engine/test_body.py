@@ -1,0 +1,120 @@
+"""What the agent changes in a body, and that it changes nothing else."""
+
+import json
+from typing import Any
+
+import pytest
+
+from xim_agent.engine.body import BodyInvalid, PreparedBody, prepare_body
+from xim_protocol.routes import ROUTES_BY_PATH
+
+CHAT = "/v1/chat/completions"
+
+
+def salt(client: str | None) -> str:
+    return f"salt({client})"
+
+
+def prepared(body: bytes, path: str = CHAT) -> PreparedBody:
+    return prepare_body(body, route=ROUTES_BY_PATH[path], model="served", salt=salt)
+
+
+def engine_sees(fields: object, path: str = CHAT) -> dict[str, Any]:
+    seen = json.loads(prepared(json.dumps(fields).encode(), path).body)
+    assert isinstance(seen, dict)
+    return seen
+
+
+def test_model_and_salt_are_set_and_nothing_else() -> None:
+    sent = {"model": "any", "messages": [{"role": "user", "content": "hé\u2028 \U0001f600"}], "seed": 7, "top_p": 0.1}
+    assert engine_sees(sent) == {**sent, "model": "served", "cache_salt": "salt(None)"}
+
+
+def test_a_clients_salt_is_folded_in() -> None:
+    assert engine_sees({"cache_salt": "mine"})["cache_salt"] == "salt(mine)"
+
+
+def test_of_duplicate_salts_none_gets_through() -> None:
+    body = prepared(b'{"cache_salt":"victim","model":"m","cache_salt":"last"}').body
+    assert b"victim" not in body
+    assert json.loads(body)["cache_salt"] == "salt(last)"
+
+
+@pytest.mark.parametrize("sent", ["", 5, False, [], {}])
+def test_a_salt_that_the_engine_refuses_is_left_for_it_to_refuse(sent: object) -> None:
+    assert engine_sees({"cache_salt": sent})["cache_salt"] == sent
+
+
+def test_an_error_counts_the_fields_that_the_client_sent() -> None:
+    error = (
+        b"{'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required', 'input': '<dict of %d items>'}"
+        b"{'type': 'missing', 'loc': 'body.messages.0.role', 'msg': 'Field required', 'input': '<dict of 2 items>'}"
+    )
+    body = prepared(b'{"seed":1}')
+    assert (body.sent_fields, body.engine_fields) == (1, 3)
+    assert body.restore_error(error % 3) == error % 1
+    # On /v1/responses the engine counts a field of its own.
+    assert body.restore_error(error % 4) == error % 2
+    assert prepared(b'{"model":"m"}', "/tokenize").restore_error(error % 1) == error % 1
+
+
+def test_a_route_that_knows_no_salt_gets_none() -> None:
+    assert engine_sees({"input": "x", "cache_salt": "c"}, "/v1/embeddings") == {
+        "input": "x",
+        "cache_salt": "c",
+        "model": "served",
+    }
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
+def test_a_stream_is_asked_for_its_usage(options: object) -> None:
+    body = prepared(json.dumps({"stream": True, "stream_options": options}).encode())
+    assert json.loads(body.body)["stream_options"]["include_usage"] is True
+    assert body.take_usage_out
+    assert body.stream
+
+
+def test_a_client_that_asked_keeps_its_usage() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = prepared(json.dumps({"stream": True, "stream_options": options}).encode())
+    assert json.loads(body.body)["stream_options"] == options
+    assert not body.take_usage_out
+
+
+def test_our_own_asking_does_not_switch_on_usage_in_every_event() -> None:
+    sent = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    assert engine_sees(sent)["stream_options"] == {"include_usage": True, "continuous_usage_stats": False}
+
+
+@pytest.mark.parametrize("options", ["x", 5, [], {"include_usage": "maybe"}])
+def test_options_that_vllm_refuses_reach_it(options: object) -> None:
+    body = prepared(json.dumps({"stream": True, "stream_options": options}).encode())
+    assert json.loads(body.body)["stream_options"] == options
+    assert not body.take_usage_out
+
+
+def test_an_answer_that_is_no_stream_is_not_asked() -> None:
+    assert "stream_options" not in engine_sees({"stream": False})
+    assert not prepared(b"{}").stream
+
+
+def test_the_responses_api_reports_by_itself() -> None:
+    body = prepared(b'{"stream":true}', "/v1/responses")
+    assert body.stream
+    assert not body.take_usage_out
+    assert b"stream_options" not in body.body
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'"x"', b"{", b"\xff{}", b"[" * 100_000, b'{"a":' * 100_000, b'{"n":' + b"9" * 5000 + b"}"]
+)
+def test_what_is_no_json_object_is_refused_and_not_repeated(body: bytes) -> None:
+    with pytest.raises(BodyInvalid) as refused:
+        prepared(body)
+    assert "999" not in refused.value.detail
+
+
+def test_odd_but_legal_json_keeps_its_meaning() -> None:
+    body = b'\xef\xbb\xbf{"a":"\\ud800","b":1e400,"c":0.1,"d":12345678901234567890}'
+    seen = json.loads(prepared(body).body)
+    assert (seen["a"], seen["b"], seen["c"], seen["d"]) == ("\ud800", float("inf"), 0.1, 12345678901234567890)

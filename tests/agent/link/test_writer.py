@@ -1,0 +1,155 @@
+"""Few messages: what waits for company, and what does not. Two real sessions, no sockets; nothing waits for a timer."""
+
+import asyncio
+
+import pytest
+
+from tests.support.wire import Wire
+from xim_agent.link.writer import FULL_BYTES, StreamGone, StreamWriter
+from xim_protocol.agent_session import AgentSession
+from xim_protocol.codec import Frames, decode
+from xim_protocol.events import RequestReceived
+from xim_protocol.ids import StreamId
+from xim_protocol.messages import Batch, Channel, EntryKind, FailCode, FlowControl
+
+
+class Written:
+    """A writer on an open session, and the batches that left."""
+
+    def __init__(self, *, coalesce_s: float = 3600.0, flow: FlowControl | None = None) -> None:
+        self.wire = Wire(flow=flow).connect()
+        self.session: AgentSession = self.wire.agent
+        self.batches: list[list[int]] = []
+        """The kinds of entries of each message."""
+        self.stalls = 0
+        self.full = False
+        self.writer = StreamWriter(
+            self.session,
+            self._send,
+            clock=lambda: self.wire.now,
+            coalesce_s=coalesce_s,
+            on_stall=self._stalled,
+            congested=lambda: self.full,
+        )
+
+    def stream(self) -> StreamId:
+        """A stream whose response has started."""
+        self.wire.submit("r")
+        self.wire.settle()
+        event = self.wire.agent_events[-1]
+        assert isinstance(event, RequestReceived)
+        self.writer.start_response(event.submit.stream, 200, "text/event-stream")
+        return event.submit.stream
+
+    def _send(self, messages: list[tuple[Channel, Frames]]) -> None:
+        for channel, frames in messages:
+            message = decode(frames)
+            if isinstance(message, Batch):
+                self.batches.append([int(str(int(entry[0]))) for entry in message.entries])  # type: ignore[call-overload]
+            self.wire.to_router[channel].append(frames)
+
+    def _stalled(self) -> None:
+        self.stalls += 1
+
+
+async def test_the_first_bytes_leave_at_once_and_later_ones_wait() -> None:
+    written = Written()
+    stream = written.stream()
+    assert written.batches == []
+    await written.writer.write(stream, b"first")
+    assert written.batches == [[EntryKind.START, EntryKind.CHUNK]]
+    await written.writer.write(stream, b"second")
+    assert len(written.batches) == 1
+    written.writer.end(stream, None)
+    assert written.batches[1:] == [[EntryKind.CHUNK, EntryKind.END]]
+
+
+async def test_a_failure_takes_what_waits_with_it() -> None:
+    written = Written()
+    first, second = written.stream(), written.stream()
+    for stream in (first, second):
+        await written.writer.write(stream, b"first")
+    await written.writer.write(first, b"second")
+    written.writer.fail(first, FailCode.ENGINE_BROKEN, "", retryable=True)
+    assert written.batches[2:] == [[EntryKind.CHUNK, EntryKind.FAIL]]
+
+
+async def test_much_that_waits_leaves_without_a_timer() -> None:
+    written = Written()
+    stream = written.stream()
+    await written.writer.write(stream, b"first")
+    for _ in range(FULL_BYTES // 1024):
+        assert len(written.batches) == 1
+        await written.writer.write(stream, bytes(1024))
+    assert written.batches[1:] == [[EntryKind.CHUNK]]
+
+
+async def test_at_zero_what_one_turn_of_the_loop_brings_leaves_together() -> None:
+    written = Written(coalesce_s=0.0)
+    streams = [written.stream() for _ in range(3)]
+    for stream in streams:
+        await written.writer.write(stream, b"first")
+    for stream in streams:
+        await written.writer.write(stream, b"second")
+    turn = asyncio.Event()
+    asyncio.get_running_loop().call_soon(turn.set)
+    await turn.wait()
+    assert written.batches[3:] == [[EntryKind.CHUNK] * 3]
+    statistics = written.writer.statistics()
+    assert (statistics.messages, statistics.entries, statistics.buckets[:3]) == (4, 9, (0, 3, 1))
+
+
+async def test_a_write_with_credit_never_suspends() -> None:
+    written = Written()
+    stream = written.stream()
+    writing = written.writer.write(stream, bytes(65_536))
+    with pytest.raises(StopIteration):
+        writing.send(None)
+
+
+async def test_a_write_beyond_credit_waits_for_it_and_says_so() -> None:
+    written = Written()
+    stream = written.stream()
+    writing = asyncio.create_task(written.writer.write(stream, bytes(65_537)))
+    await asyncio.wait({writing}, timeout=0.01)
+    assert not writing.done()
+    assert written.stalls == 1
+    written.wire.settle()
+    assert written.wire.router is not None
+    taken = written.wire.router_events[-1]
+    assert isinstance(taken, tuple)
+    for number, each in written.wire.router._streams.items():
+        assert number == stream
+        written.wire.router.consumed(each, 65_536)
+    written.wire.settle()
+    written.writer.credited([stream])
+    async with asyncio.timeout(5):
+        await writing
+
+
+async def test_a_write_to_a_stream_that_is_gone_says_so() -> None:
+    written = Written()
+    stream = written.stream()
+    writing = asyncio.create_task(written.writer.write(stream, bytes(65_537)))
+    await asyncio.wait({writing}, timeout=0.01)
+    written.wire.drop()
+    written.session.handle_timeout(1e9)  # the lease is over
+    written.writer.gone(stream)
+    with pytest.raises(StreamGone):
+        async with asyncio.timeout(5):
+            await writing
+    with pytest.raises(StreamGone):
+        await written.writer.write(stream, b"more")
+
+
+async def test_without_flow_control_a_full_socket_is_the_brake() -> None:
+    written = Written(flow=FlowControl(enabled=False))
+    stream = written.stream()
+    written.full = True
+    writing = asyncio.create_task(written.writer.write(stream, bytes(100_000)))
+    await asyncio.wait({writing}, timeout=0.01)
+    assert not writing.done()
+    written.full = False
+    written.writer.linked()
+    async with asyncio.timeout(5):
+        await writing

@@ -1,0 +1,186 @@
+"""The whole agent as a process: enrollment, link, engine, signals, exit statuses."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import psutil
+
+from tests.agent.agent_process import agent_process, granted
+from tests.agent.link.enrollments import router as enrollment_router
+from tests.agent.serving_parts import chat
+from tests.support.router_stub import RouterStub
+from xim_protocol.events import AgentReported, GoodbyeReceived
+from xim_protocol.ids import EndpointId
+from xim_protocol.messages import AgentState, Assignment, GoodbyeCode, RefusalReason
+
+
+async def ready(router: RouterStub, name: str = "tiny") -> None:
+    """Return when the agent serves `name`."""
+    await router.until(lambda: is_ready(router, name), 30.0)
+
+
+def is_ready(router: RouterStub, name: str) -> bool:
+    session = router.session
+    return session is not None and session.report.state is AgentState.READY and session.report.served_model == name
+
+
+async def test_from_a_join_key_to_an_answer_to_an_orderly_end(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll, VLLM_ARGS="--fake-start-seconds 0.3") as agent:
+            await agent.says("enrollment successful", agent_id="agent-1")
+            await router.opened()
+            assert router.hellos[0].state in (AgentState.CONNECTING, AgentState.STARTING)
+            await ready(router)
+            answer = await router.ask(chat({"chunks": 10}))
+            assert answer.ended
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            metrics = await agent.metrics()
+            assert 'xim_agent_state{state="ready"} 1.0' in metrics
+            assert "xim_agent_entries_per_message_bucket" in metrics
+            assert 'xim_agent_streams_total{outcome="ended"} 1.0' in metrics
+            assert "vllm:num_requests_running" in metrics
+            children = agent.children()
+            assert children
+
+            lasting = await router.submit(chat({"chunks": 150, "interval_ms": 10}))
+            await router.until(lambda: lasting.chunks > 2)
+            agent.signal()
+            await agent.says("draining", in_flight=1)
+            late = await router.ask(chat({"chunks": 1}))
+            assert late.refused is not None
+            await router.until(lambda: lasting.over)
+            assert lasting.ended
+            assert await agent.ended() == 0
+            await router.until(lambda: bool(router.of_type(GoodbyeReceived)))
+            assert router.of_type(GoodbyeReceived) == [GoodbyeReceived(code=GoodbyeCode.LEAVING, message="")]
+            states = [event.state for event in router.of_type(AgentReported) if isinstance(event, AgentReported)]
+            assert AgentState.DRAINING in states
+            assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+            assert enroll.key().encode() not in "\n".join(agent.lines)
+
+
+async def test_a_restart_needs_no_join_key(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        for join_key in (enroll, None):
+            enroll.answers.append(granted(router))
+            async with agent_process(tmp_path, join_key) as agent:
+                await ready(router)
+                agent.signal()
+                assert await agent.ended() == 0
+            assert router.session is not None
+            router.session.end(None)
+        assert enroll.paths() == ["/v1/enroll", "/v1/enroll/refresh"]
+
+
+async def test_a_second_signal_forces_and_leaves_no_process(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll, VLLM_ARGS="--fake-ignore-sigterm --fake-spawn-child") as agent:
+            await ready(router)
+            children = agent.children()
+            await router.submit(chat({"hang": True}))
+            async with asyncio.timeout(10):
+                while "xim_agent_streams_in_flight 1.0" not in await agent.metrics():
+                    pass
+            agent.signal()
+            await agent.says("draining", in_flight=1)
+            agent.signal()
+            assert await agent.ended() == 1
+            assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+async def test_two_processes_of_one_identity_end_with_the_remedy(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll) as agent:
+            await router.opened()
+            await router.goodbye(GoodbyeCode.SUPERSEDED)
+            assert await agent.ended() == 1
+            assert any("Two agents share one config directory" in line for line in agent.lines)
+            assert not any("Traceback" in line for line in agent.lines)
+
+
+async def test_another_assignment_restarts_the_engine(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router, served_name=None))
+        async with agent_process(tmp_path, enroll) as agent:
+            await agent.says("waiting for an assignment")
+            await router.opened()
+            for name in ("first", "second"):
+                await router.assign(Assignment(endpoint=EndpointId("e"), served_name=name, model="model"))
+                await ready(router, name)
+                answer = await router.ask(chat({"chunks": 1}, stream=False))
+                assert json.loads(answer.body)["model"] == name
+
+
+async def test_what_is_missing_is_told_with_its_remedy(tmp_path: Path) -> None:
+    async with agent_process(tmp_path, None, VLLM_PATH=str(tmp_path / "nothing")) as agent:
+        assert await agent.ended() == 1
+        assert any("XEROTIER_AGENT_VLLM_PATH" in line for line in agent.lines)
+    async with agent_process(tmp_path, None) as agent:
+        assert await agent.ended() == 1
+        assert any("XEROTIER_AGENT_JOIN_KEY" in line for line in agent.lines)
+
+
+async def test_an_engine_that_cannot_start_ends_the_agent_with_its_last_lines(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll, VLLM_ARGS="--fake-start-fail 2") as agent:
+            assert await agent.ended() == 1
+            assert agent.said("engine given up")
+            assert any("vLLM does not take one of its options" in line for line in agent.lines)
+            assert any("Engine core initialization failed" in line for line in agent.lines)
+        await router.until(lambda: bool(router.of_type(GoodbyeReceived)))
+
+
+async def test_an_engine_that_crashes_keeps_the_lease_and_refuses_until_it_is_back(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(
+            tmp_path, enroll, LEASE_RENEWAL_INTERVAL_MS="200", HEALTH_CHECK_INTERVAL="0.1"
+        ) as agent:
+            await ready(router)
+            session = router.session
+            assert session is not None
+            engine = next(child for child in agent.children() if is_main(child))
+            engine.kill()
+            await agent.says("state", state="degraded", before="ready")
+            refused = await router.ask(chat({"chunks": 1}))
+            assert refused.refused is not None
+            assert refused.refused.reason is RefusalReason.NOT_READY
+            await agent.says("state", state="ready", before="degraded")
+            await ready(router)
+            answer = await router.ask(chat({"chunks": 3}))
+            assert answer.ended
+            assert router.session is session
+            assert len(router.hellos) == 1
+            assert agent.said("engine ended", status=137, trouble="killed")
+            # The router hears the engine's own figures with a renewal.
+            await router.until(lambda: "num_requests_running" in told_figures(router))
+
+
+async def test_an_engine_that_stays_away_is_failed_after_the_timeout(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        limits = {"DEGRADED_TO_FAILED_TIMEOUT_SECONDS": "1", "HEALTH_CHECK_INTERVAL": "3600"}
+        async with agent_process(tmp_path, enroll, VLLM_ARGS="--fake-start-seconds 3", **limits) as agent:
+            await ready(router)
+            next(child for child in agent.children() if is_main(child)).kill()
+            await agent.says("state", state="failed", before="degraded")
+            await agent.says("state", state="ready", before="failed")
+            agent.signal()
+            assert await agent.ended() == 0
+
+
+def is_main(process: psutil.Process) -> bool:
+    """It is the engine, not its guard."""
+    words = process.cmdline()
+    return "--uds" in words and not any(word.endswith("guard.py") for word in words)
+
+
+def told_figures(router: RouterStub) -> set[str]:
+    """Names of the figures that the agent's latest renewals carried."""
+    reports = [event for event in router.of_type(AgentReported) if isinstance(event, AgentReported)]
+    return {name for report in reports for name, _ in report.statistics}

@@ -1,0 +1,162 @@
+"""Links that break, go silent, are forgotten and change their address: within the lease no client notices."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+import pytest
+
+from tests.faults.parts import Networked, load_on, metric_is, networked, nothing_left
+from tests.support.accounts import Accounts
+from tests.support.load import Client, assert_whole, raise_descriptor_limit, readings
+from tests.support.programs import eventually
+from tests.support.topology import Node
+
+BREAKS = 30
+CHARS = 1000
+
+
+@pytest.fixture
+async def net(accounts: Accounts) -> AsyncIterator[Networked]:
+    """A router and two networks; each test starts its agent."""
+    async with networked(accounts) as made:
+        yield made
+
+
+@pytest.mark.parametrize("streams", [100, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+async def test_links_that_break_thirty_times_at_random_cost_no_byte_of_any_stream(
+    net: Networked, streams: int, record_property: Callable[[str, object], None]
+) -> None:
+    raise_descriptor_limit()
+    source = random.Random(streams)
+    chunks = 100
+    async with asyncio.timeout(500):
+        node = await net.topology.start_node(MAX_CONCURRENT=str(streams), MAX_NUM_SEQS=str(streams))
+        interval_ms = max(50, streams // 4)
+        clients = await load_on(net.topology).open_many(
+            streams, chunks=chunks, text_chars=CHARS, interval_ms=interval_ms
+        )
+        # Moments are places in the answers, so that none of them falls where nothing is under way.
+        moments = sorted(source.uniform(0.01, 0.9) * streams * chunks * CHARS for _ in range(BREAKS))
+        broken = 0
+        for moment in moments:
+            await eventually(partial(has_come, clients, moment), within_s=60.0, what="streams go on")
+            broken += await break_at_random(net, source)
+        assert_whole(await readings(clients))
+        lost = await net.topology.router_metric("xim_router_link_lost_total")
+        record_property("connections_broken", broken)
+        record_property("links_lost", lost)
+        assert broken >= BREAKS
+        assert lost >= BREAKS // 2
+        await nothing_left(net.topology)
+        # Each request was given out once: nothing was saved by asking the engine again.
+        assert await net.topology.router_metric("xim_router_retries_total") == 0
+        assert await net.topology.agent_metric(node, "xim_agent_lease_expired_total") == 0
+
+
+def received(clients: list[Client]) -> int:
+    return sum(client.reading.received for client in clients)
+
+
+def has_come(clients: list[Client], characters: float) -> bool:
+    return received(clients) >= characters
+
+
+async def break_at_random(net: Networked, source: random.Random) -> int:
+    """Break both connections of the link, or one; wait for there to be one first. Returns how many were broken."""
+    chosen = source.choice([net.networks, net.networks, (net.control,), (net.streaming,)])
+    return int(await eventually(lambda: sum(network.break_all() for network in chosen), what="there is a link"))
+
+
+async def start_node(net: Networked) -> Node:
+    """An agent that sends heartbeats every second: a link that went silent is found within two."""
+    return await net.topology.start_node(LEASE_DURATION_MS="6000", LEASE_RENEWAL_INTERVAL_MS="2000")
+
+
+async def paced(net: Networked, **script: int) -> list[Client]:
+    """Twelve streams of some seconds, all of which have begun."""
+    clients = await load_on(net.topology).open_many(
+        12, **{"chunks": 90, "text_chars": CHARS, "interval_ms": 50, **script}
+    )
+    await asyncio.gather(*(client.begun for client in clients))
+    return clients
+
+
+async def test_a_mapping_that_a_nat_forgot_is_found_by_heartbeats_and_dialled_anew(net: Networked) -> None:
+    await start_node(net)
+    clients = await paced(net)
+    # Neither end is told, and whatever either sends goes nowhere.
+    assert sum(network.forget() for network in net.networks) == 2
+    await metric_is(net.topology, "xim_router_link_lost_total", 1)
+    assert_whole(await readings(clients))
+    assert [network.connections for network in net.networks] == [2, 2]
+
+
+async def test_the_idle_streaming_connection_alone_may_be_forgotten(net: Networked) -> None:
+    node = await start_node(net)
+    assert net.streaming.forget() == 1
+    await metric_is(net.topology, "xim_router_link_lost_total", 1)
+    await net.topology.ready(program=node.program)
+    assert_whole(await readings(await paced(net, chunks=4)))
+
+
+async def test_a_network_that_swallows_everything_is_found_by_heartbeats_and_survived_when_it_is_back(
+    net: Networked,
+) -> None:
+    await start_node(net)
+    clients = await paced(net)
+    for network in net.networks:
+        network.blackhole()
+    # The agent found it and dials again, which goes nowhere either.
+    await eventually(lambda: net.control.connections > 1, what="the agent dials again")
+    assert [client.done.result() for client in clients if client.done.done()] == []
+    for network in net.networks:
+        network.clear()
+    assert_whole(await readings(clients))
+
+
+async def test_a_network_that_is_silent_for_less_than_a_heartbeat_costs_no_link(net: Networked) -> None:
+    await start_node(net)
+    clients = await paced(net)
+    for network in net.networks:
+        network.blackhole()
+    before = received(clients)
+    silent_until = time.monotonic() + 0.5
+    await eventually(lambda: time.monotonic() > silent_until)
+    assert received(clients) <= before + 12 * CHARS
+    for network in net.networks:
+        network.clear()
+    assert_whole(await readings(clients))
+    assert await net.topology.router_metric("xim_router_link_lost_total") == 0
+
+
+async def test_an_agent_that_comes_back_from_another_address_goes_on_where_it_was(net: Networked) -> None:
+    node = await start_node(net)
+    clients = await paced(net)
+    for network in net.networks:
+        network.change_address = True
+    for moves in (1, 2, 3):
+        for network in net.networks:
+            network.break_all()
+        await metric_is(net.topology, "xim_router_link_lost_total", moves)
+        await net.topology.ready(program=node.program)
+    assert_whole(await readings(clients))
+    assert len(set(net.control.addresses)) == 4
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 7], ids=["one byte", "seven bytes"])
+async def test_bytes_that_come_in_crumbs_are_the_same_bytes(net: Networked, slice_bytes: int) -> None:
+    for network in net.networks:
+        network.weather.slice_bytes = slice_bytes
+    await net.topology.start_node()
+    assert_whole(await readings(await paced(net, chunks=4, interval_ms=10)))
+
+
+async def test_a_slow_and_unsteady_network_changes_no_answer(net: Networked) -> None:
+    for network in net.networks:
+        network.weather.latency_s, network.weather.jitter_s = 0.05, 0.1
+    await net.topology.start_node()
+    assert_whole(await readings(await paced(net, chunks=30, interval_ms=20)))
+    assert await net.topology.router_metric("xim_router_link_lost_total") == 0

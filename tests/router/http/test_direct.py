@@ -1,0 +1,133 @@
+"""The direct way past uvicorn's `send`, against a real uvicorn: the bytes on the wire, and when it is not taken."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from xim_router.app import _Server
+from xim_router.http.direct import ChunkWriter, NoDirectWay, UvicornWriter, chunk_writer
+
+Answerer = Callable[[ChunkWriter, Send], Awaitable[None]]
+
+
+@asynccontextmanager
+async def server(answerer: Answerer) -> AsyncIterator[int]:
+    """A uvicorn whose application starts a response and leaves the rest to `answerer`; gives the port."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await answerer(chunk_writer(send), send)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http="httptools", lifespan="off", log_config=None, proxy_headers=False)
+    running = _Server(config)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(running.serve(sockets=[listener]))
+        yield listener.getsockname()[1]
+        running.should_exit = running.force_exit = True
+
+
+async def fetch(port: int, request: bytes) -> bytes:
+    """Everything the server answers on one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+GET = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+
+
+async def finish(send: Send, body: bytes = b"") -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def test_chunks_written_directly_and_by_send_are_one_chunked_body() -> None:
+    async def answer(writer: ChunkWriter, send: Send) -> None:
+        assert isinstance(writer, UvicornWriter)
+        assert writer.write(b"first ")
+        await send({"type": "http.response.body", "body": b"second ", "more_body": True})
+        assert writer.write(b"x" * 300)
+        await finish(send)
+
+    async with server(answer) as port:
+        body = (await fetch(port, GET)).partition(b"\r\n\r\n")[2]
+    assert body == b"6\r\nfirst \r\n7\r\nsecond \r\n12c\r\n" + b"x" * 300 + b"\r\n0\r\n\r\n"
+
+
+async def test_a_response_that_is_not_chunked_goes_through_send() -> None:
+    taken: list[bool] = []
+
+    async def answer(writer: ChunkWriter, send: Send) -> None:
+        taken.append(writer.write(b"never"))
+        await finish(send)
+
+    async with server(answer) as port:
+        assert b"never" not in await fetch(port, GET.replace(b"GET", b"HEAD"))
+    assert taken == [False]
+
+
+async def test_nothing_is_written_after_the_end() -> None:
+    taken: list[bool] = []
+
+    async def answer(writer: ChunkWriter, send: Send) -> None:
+        await finish(send, b"whole")
+        taken.append(writer.write(b"late"))
+
+    async with server(answer) as port:
+        assert b"late" not in await fetch(port, GET)
+    assert taken == [False]
+
+
+async def test_a_client_that_takes_nothing_stops_the_direct_way() -> None:
+    stopped = asyncio.Event()
+
+    async def answer(writer: ChunkWriter, send: Send) -> None:
+        payload = b"x" * 65_536
+        for _ in range(4096):
+            if not writer.write(payload):
+                stopped.set()
+                break
+        writer.abort()
+
+    async with server(answer) as port:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, ("127.0.0.1", port))
+        await loop.sock_sendall(client, GET)
+        async with asyncio.timeout(10):
+            await stopped.wait()
+        client.close()
+
+
+async def test_abort_closes_the_connection_without_its_end() -> None:
+    async def answer(writer: ChunkWriter, send: Send) -> None:
+        writer.abort()
+
+    async with server(answer) as port:
+        try:
+            answered = await fetch(port, GET)
+        except ConnectionResetError:
+            return
+        assert not answered.endswith(b"0\r\n\r\n")
+
+
+async def test_any_other_server_has_no_direct_way() -> None:
+    async def send(message: object) -> None:
+        raise AssertionError("nothing is sent")
+
+    writer = chunk_writer(send)
+    assert isinstance(writer, NoDirectWay)
+    assert not writer.write(b"x")
+    writer.abort()

@@ -1,0 +1,275 @@
+"""The router's command line, on real databases: what it makes, lists, ends, and how it answers mistakes."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.router.control.plane_under_test import Clock, Node, PlaneUnderTest
+from xim_protocol.enrollment import JoinKey
+from xim_router.cli import main
+from xim_router.control.plane import ControlPlane
+from xim_router.dispatch.reports import AgentSeen
+from xim_router.settings import RouterSettings, declared
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, database_url: str) -> Cli:
+    """Runs one command on an empty database and expects its exit code."""
+    clean: dict[str, str | None] = {setting.variable: None for setting in declared()}
+    env = clean | {
+        "XEROTIER_ROUTER_DATA_DIR": str(tmp_path / "state"),
+        "XEROTIER_ROUTER_DATABASE_URL": database_url,
+    }
+
+    def run(*args: str, exit_code: int = 0, **more: str) -> Result:
+        result = CliRunner(env=env | more).invoke(main, args)
+        assert result.exit_code == exit_code, result.output
+        return result
+
+    return run
+
+
+PORTS = (
+    "XEROTIER_ROUTER_HTTP_PORT",
+    "XEROTIER_ROUTER_CONTROL_PORT",
+    "XEROTIER_ROUTER_STREAMING_PORT",
+    "XEROTIER_ROUTER_METRICS_PORT",
+)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in taken]
+    for each in taken:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def settings_of(tmp_path: Path, database_url: str) -> Callable[[], RouterSettings]:
+    """The settings that the commands of the test run with."""
+    values = {"data_dir": tmp_path / "state", "database_url": database_url}
+    return lambda: RouterSettings.model_validate(values)
+
+
+async def enrolled_agent(settings: RouterSettings, seen_ago_s: float | None) -> str:
+    """Enroll an agent in project `demo` and note when it was seen."""
+    plane = ControlPlane(settings, lambda catalog: None)
+    under_test = PlaneUnderTest(settings, Clock())
+    under_test.plane = plane
+    await plane.start()
+    node = Node()
+    key, _ = await plane.accounts.create_join_key("demo", enroll_url="https://router.example")
+    enrolled = await under_test.enroll(node.request(key))
+    if seen_ago_s is not None:
+        plane.report_seen(AgentSeen(agent=enrolled.agent_id, seen_at=time.time() - seen_ago_s, state="ready"))
+    await plane.close()
+    return enrolled.agent_id
+
+
+def made(result: Result) -> dict[str, str]:
+    """The JSON that a `create` wrote."""
+    return dict(json.loads(result.stdout))
+
+
+def test_the_whole_way_from_nothing_to_a_join_key(cli: Cli) -> None:
+    project = made(cli("project", "create", "--slug", "demo", "--name", "Demo", "--json"))
+    endpoint = made(cli("endpoint", "create", "--project", "demo", "--slug", "tiny", "--model", "Tiny-1B", "--json"))
+    key = made(cli("key", "create", "--project", "demo", "--name", "app", "--endpoint", "tiny", "--json"))
+    join_key = made(cli("join-key", "create", "--project", "demo", "--endpoint", "tiny", "--region", "eu", "--json"))
+    assert project["id"].startswith("proj_")
+    assert endpoint["task_mode"] == "generate"
+    assert key["key"].startswith("xero_demo_")
+    parsed = JoinKey.parse(join_key["key"])
+    assert (parsed.project_slug, parsed.enroll_url, parsed.region) == ("demo", "http://127.0.0.1:8080", "eu")
+    (listed,) = json.loads(cli("endpoint", "list", "--project", "demo", "--json").stdout)
+    assert (listed["slug"], listed["model"], listed["project_id"]) == ("tiny", "Tiny-1B", project["id"])
+    listings = [cli(kind, "list", *form).stdout for kind in ("key", "join-key") for form in ((), ("--json",))]
+    assert key["key"] not in "".join(listings)
+    assert parsed.secret not in "".join(listings)
+    assert listings[0].splitlines()[0].split()[:3] == ["ID", "NAME", "SCOPES"]
+
+
+def test_readable_text_is_the_default_and_says_how_to_go_on(cli: Cli) -> None:
+    assert "project create" in cli("project", "list").stdout
+    cli("project", "create", "--slug", "demo")
+    for kind, hint in (("endpoint", "endpoint create"), ("key", "key create"), ("join-key", "join-key create")):
+        assert hint in cli(kind, "list").stdout
+    assert "join-key create" in cli("agent", "list").stdout
+    shown = cli("join-key", "create", "--project", "demo", "--enroll-url", "https://r.example").stdout
+    assert "xerotier-xim-agent run" in shown
+    assert "--insecure" not in shown
+    assert "--insecure" in cli("join-key", "create", "--project", "demo").stdout
+    assert "shown this once" in cli("key", "create", "--project", "demo", "--name", "n").stdout
+    everywhere = cli("join-key", "create", "--project", "demo", "--json", XEROTIER_ROUTER_HTTP_HOST="0.0.0.0")
+    assert "XEROTIER_ROUTER_ADVERTISE_HOST" in everywhere.stderr
+    assert made(everywhere)["enroll_url"] == "http://127.0.0.1:8080"
+
+
+def test_revoked_keys_and_deleted_endpoints_are_listed_as_such(cli: Cli) -> None:
+    cli("project", "create", "--slug", "demo")
+    cli("endpoint", "create", "--project", "demo", "--slug", "tiny", "--model", "M")
+    key = made(cli("key", "create", "--project", "demo", "--name", "n", "--expires-in", "30d", "--json"))
+    join_key = made(cli("join-key", "create", "--project", "demo", "--json"))
+    assert [row["status"] for row in json.loads(cli("key", "list", "--json").stdout)] == ["active"]
+    for _ in range(2):
+        cli("key", "revoke", key["id"])
+        cli("join-key", "revoke", join_key["id"])
+    for kind in ("key", "join-key"):
+        assert [row["status"] for row in json.loads(cli(kind, "list", "--json").stdout)] == ["revoked"]
+    cli("endpoint", "delete", "--project", "demo", "--slug", "tiny")
+    assert json.loads(cli("endpoint", "list", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said", "exit_code"),
+    [
+        (("endpoint", "create", "--project", "no", "--slug", "s", "--model", "m"), "no project 'no'", 1),
+        (("endpoint", "delete", "--project", "demo", "--slug", "no"), "no endpoint 'no'", 1),
+        (("endpoint", "create", "--project", "demo", "--slug", "v1", "--model", "m"), "slug must be", 1),
+        (("endpoint", "create", "--project", "demo", "--slug", "s", "--model", ""), "model's name must be", 1),
+        (("project", "create", "--slug", "demo"), "a project 'demo' already", 1),
+        (("project", "create", "--slug", "De_mo"), "slug must be", 1),
+        (("key", "create", "--project", "demo", "--name", "n", "--endpoint", "no"), "no endpoint 'no'", 1),
+        (("key", "create", "--project", "demo", "--name", "n", "--expires-in", "soon"), "30m, 24h or 7d", 2),
+        (("key", "create", "--project", "demo", "--name", "n", "--scope", "all"), "inference", 2),
+        (("key", "revoke", "no"), "no API key 'no'", 1),
+        (("join-key", "create", "--project", "demo", "--region", "a b"), "region", 1),
+        (("join-key", "create", "--project", "demo", "--enroll-url", "ftp://x"), "enroll address", 1),
+        (("join-key", "revoke", "no"), "no join key 'no'", 1),
+        (("agent", "revoke", "no"), "no agent 'no'", 1),
+        (("agent", "assign", "no", "--endpoint", "e"), "no agent 'no'", 1),
+    ],
+)
+def test_a_mistake_is_answered_with_a_remedy_and_no_traceback(
+    cli: Cli, args: tuple[str, ...], said: str, exit_code: int
+) -> None:
+    cli("project", "create", "--slug", "demo")
+    result = cli(*args, exit_code=exit_code)
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_the_database_commands_tell_its_state(cli: Cli, database_url: str) -> None:
+    before = cli("db", "check", exit_code=1)
+    assert "db upgrade" in before.output
+    assert "revision" in cli("db", "upgrade").stdout
+    assert "belongs to the secret key" in cli("db", "check").stdout
+    other_key = {"XEROTIER_ROUTER_SECRET_KEY": "ab" * 32}
+    assert "does not belong to this database" in cli("db", "check", exit_code=1, **other_key).output
+
+
+def test_wrong_settings_stop_every_command_with_all_of_them(cli: Cli) -> None:
+    wrong = {"XEROTIER_ROUTER_HTTP_PORT": "x", "XEROTIER_ROUTER_SSE_PING_S": "-1", "XEROTIER_ROUTER_SECRET_KEY": "hush"}
+    result = cli("project", "list", exit_code=2, **wrong)
+    for variable in wrong:
+        assert variable in result.output
+    assert "hush" not in result.output
+
+
+def test_settings_are_shown_with_their_origin_and_masked(cli: Cli) -> None:
+    known = {"XEROTIER_ROUTER_SECRET_KEY": "cd" * 32, "XEROTIER_ROUTER_HTP_PORT": "1"}
+    result = cli("settings", **known)
+    assert "XEROTIER_ROUTER_SECRET_KEY=********  (environment)" in result.stdout
+    assert "XEROTIER_ROUTER_HTTP_PORT=8080  (default)" in result.stdout
+    assert "did you mean XEROTIER_ROUTER_HTTP_PORT?" in result.stderr
+    assert "cdcd" not in result.output
+    rows = json.loads(cli("settings", "--json").stdout)
+    assert {row["variable"] for row in rows} == {setting.variable for setting in declared()}
+
+
+def test_serve_help_lists_every_variable() -> None:
+    shown = CliRunner().invoke(main, ["serve", "--help"]).stdout
+    for setting in declared():
+        assert setting.variable in shown
+
+
+def test_agents_are_listed_with_their_standing_and_changed(cli: Cli, settings_of: Callable[[], RouterSettings]) -> None:
+    cli("project", "create", "--slug", "demo")
+    for slug in ("tiny", "other"):
+        cli("endpoint", "create", "--project", "demo", "--slug", slug, "--model", "M")
+    agent = asyncio.run(enrolled_agent(settings_of(), seen_ago_s=None))
+
+    def standing() -> dict[str, str]:
+        (row,) = json.loads(cli("agent", "list", "--project", "demo", "--json").stdout)
+        return {name: row[name] for name in ("id", "status", "endpoint")}
+
+    assert standing() == {"id": agent, "status": "pending", "endpoint": None}
+    cli("agent", "assign", agent, "--endpoint", "other")
+    assert standing() == {"id": agent, "status": "pending", "endpoint": "other"}
+    cli("agent", "suspend", agent)
+    assert standing()["status"] == "suspended"
+    cli("agent", "resume", agent)
+    assert "no endpoint 'no'" in cli("agent", "assign", agent, "--endpoint", "no", exit_code=1).output
+    cli("agent", "assign", agent)
+    assert standing() == {"id": agent, "status": "pending", "endpoint": None}
+    cli("agent", "revoke", agent)
+    assert standing()["status"] == "revoked"
+
+
+@pytest.mark.parametrize(("seen_ago_s", "status"), [(0.0, "active"), (3600.0, "disconnected"), (90_000.0, "dead")])
+def test_when_an_agent_was_seen_last_decides_its_status(
+    cli: Cli, settings_of: Callable[[], RouterSettings], seen_ago_s: float, status: str
+) -> None:
+    cli("project", "create", "--slug", "demo")
+    asyncio.run(enrolled_agent(settings_of(), seen_ago_s=seen_ago_s))
+    (row,) = json.loads(cli("agent", "list", "--json").stdout)
+    assert (row["status"], row["state"]) == (status, "ready")
+
+
+async def test_commands_take_effect_beside_a_running_router(cli: Cli, tmp_path: Path, database_url: str) -> None:
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    env = os.environ | {name: str(port) for name, port in ports.items()}
+    env |= {"XEROTIER_ROUTER_DATA_DIR": str(tmp_path / "state"), "XEROTIER_ROUTER_DATABASE_URL": database_url}
+    serving = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "xim_router", "serve", env=env, stderr=asyncio.subprocess.PIPE
+    )
+    assert serving.stderr is not None
+    try:
+        async with asyncio.timeout(60):
+            said = b""
+            while b'"serving"' not in said:
+                line = await serving.stderr.readline()
+                assert line, said.decode()
+                said += line
+        assert b"xerotier-router project create --slug demo" in said
+        await asyncio.to_thread(cli, "project", "create", "--slug", "demo")
+        key = made(await asyncio.to_thread(cli, "key", "create", "--project", "demo", "--name", "n", "--json"))
+        url = f"http://127.0.0.1:{ports['XEROTIER_ROUTER_HTTP_PORT']}/v1/models"
+        headers = {"authorization": f"Bearer {key['key']}"}
+        async with httpx2.AsyncClient(headers=headers) as client, asyncio.timeout(30):
+            while (await client.get(url)).status_code != 200:
+                pass
+            await asyncio.to_thread(cli, "key", "revoke", key["id"])
+            while (await client.get(url)).status_code != 401:
+                pass
+    finally:
+        serving.terminate()
+        said += await serving.stderr.read()
+    assert await serving.wait() == 0, said.decode()
+    assert key["key"].encode() not in said
+
+
+def test_the_program_itself_runs_and_fails_without_a_traceback(tmp_path: Path) -> None:
+    env = os.environ | {"XEROTIER_ROUTER_DATA_DIR": str(tmp_path / "file" / "state")}
+    (tmp_path / "file").touch()
+    ran = subprocess.run(
+        [sys.executable, "-m", "xim_router", "project", "list"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 1
+    assert "chown" in ran.stderr
+    assert "Traceback" not in ran.stderr

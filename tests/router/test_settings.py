@@ -1,0 +1,169 @@
+"""The router's settings: read from the environment, every mistake in one message, secrets masked."""
+
+from pathlib import Path
+
+import pytest
+
+from xim_router.settings import (
+    RouterSettings,
+    declared,
+    load_settings,
+    shown_values,
+    unknown_variables,
+)
+from xim_router.settings_types import LogLevel, SettingsInvalid
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in declared():
+        monkeypatch.delenv(setting.variable, raising=False)
+
+
+def test_the_defaults_are_those_of_the_reference() -> None:
+    settings = load_settings()
+    assert (settings.http_host, settings.http_port) == ("127.0.0.1", 8080)
+    assert (settings.control_port, settings.streaming_port, settings.metrics_port) == (5555, 5556, 9095)
+    assert settings.single_agent_queue_timeout_s == 30
+    assert settings.max_body_bytes == 33_554_432
+    assert (settings.response_buffer_bytes, settings.response_buffer_total_bytes) == (262_144, 268_435_456)
+    assert (settings.client_stall_timeout_s, settings.sse_ping_s, settings.shutdown_grace_s) == (30, 15, 30)
+    assert settings.resolved_database_url == f"sqlite+aiosqlite:///{settings.data_dir}/router.db"
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in declared():
+        monkeypatch.setenv(setting.variable, "")
+    assert load_settings() == RouterSettings()
+
+
+def test_values_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT_S", "2.5")
+    monkeypatch.setenv("XEROTIER_ROUTER_LOG_LEVEL", "WARNING")
+    monkeypatch.setenv("XEROTIER_ROUTER_DISABLE_METRICS", "TRUE")
+    settings = load_settings()
+    assert settings.single_agent_queue_timeout_s == 2.5
+    assert settings.log_level is LogLevel.WARNING
+    assert settings.disable_metrics
+
+
+def test_every_wrong_value_is_in_one_message_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "XEROTIER_ROUTER_HTTP_PORT": "99999",
+        "XEROTIER_ROUTER_SSE_PING_S": "nan",
+        "XEROTIER_ROUTER_MAX_BODY_BYTES": "many",
+        "XEROTIER_ROUTER_LOG_LEVEL": "loud",
+        "XEROTIER_ROUTER_DISABLE_METRICS": "yes",
+        "XEROTIER_ROUTER_SECRET_KEY": "top-secret",
+        "XEROTIER_ROUTER_ENROLL_URL": "ftp://x",
+        "XEROTIER_ROUTER_TLS_CERT": "/missing.pem",
+    }
+    for variable, value in wrong.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings()
+    named = {problem.variable for problem in caught.value.problems}
+    assert named == (wrong.keys() - {"XEROTIER_ROUTER_TLS_CERT"}) | {"XEROTIER_ROUTER_TLS_KEY"}
+    assert "top-secret" not in str(caught.value)
+    assert "XEROTIER_ROUTER_HTTP_PORT=99999: must be a whole number from 1 to 65535" in str(caught.value)
+    assert all(problem.remedy for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("values", "variable"),
+    [
+        ({"XEROTIER_ROUTER_METRICS_PORT": "5555"}, "XEROTIER_ROUTER_METRICS_PORT"),
+        ({"XEROTIER_ROUTER_DATABASE_URL": "mysql://u:hidden@h/d"}, "XEROTIER_ROUTER_DATABASE_URL"),
+        ({"XEROTIER_ROUTER_TLS_KEY": "/k.pem"}, "XEROTIER_ROUTER_TLS_CERT"),
+        (
+            {"XEROTIER_ROUTER_SECRET_KEY": "ab" * 32, "XEROTIER_ROUTER_SECRET_KEY_FILE": "/f"},
+            "XEROTIER_ROUTER_SECRET_KEY_FILE",
+        ),
+        (
+            {"XEROTIER_ROUTER_RESPONSE_BUFFER_TOTAL_BYTES": "65536"},
+            "XEROTIER_ROUTER_RESPONSE_BUFFER_TOTAL_BYTES",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together_are_named(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], variable: str
+) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings()
+    assert [problem.variable for problem in caught.value.problems] == [variable]
+    assert "hidden" not in str(caught.value)
+
+
+def test_certificate_files_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XEROTIER_ROUTER_TLS_CERT", str(tmp_path / "cert.pem"))
+    monkeypatch.setenv("XEROTIER_ROUTER_TLS_KEY", str(tmp_path / "key.pem"))
+    (tmp_path / "key.pem").touch()
+    with pytest.raises(SettingsInvalid, match=r"TLS_CERT=.*is not a file"):
+        load_settings()
+    (tmp_path / "cert.pem").touch()
+    assert load_settings().advertised_url() == "https://127.0.0.1:8080"
+
+
+@pytest.mark.parametrize(
+    ("values", "url", "control"),
+    [
+        ({}, "http://127.0.0.1:8080", "tcp://127.0.0.1:5555"),
+        ({"http_host": "0.0.0.0"}, "http://127.0.0.1:8080", "tcp://127.0.0.1:5555"),
+        ({"http_host": "::"}, "http://[::1]:8080", "tcp://[::1]:5555"),
+        ({"advertise_host": "r.example"}, "http://r.example:8080", "tcp://r.example:5555"),
+        ({"link_host": "10.0.0.5"}, "http://127.0.0.1:8080", "tcp://10.0.0.5:5555"),
+        ({"enroll_url": "https://x.example/xim/"}, "https://x.example/xim", "tcp://127.0.0.1:5555"),
+    ],
+)
+def test_what_agents_are_told_to_dial(values: dict[str, str], url: str, control: str) -> None:
+    settings = RouterSettings.model_validate(values)
+    assert settings.advertised_url() == url
+    assert settings.control_address() == control
+    assert settings.streaming_address() == control.replace("5555", "5556")
+
+
+@pytest.mark.parametrize(
+    ("values", "lacks"),
+    [
+        ({}, False),
+        ({"http_host": "0.0.0.0"}, True),
+        ({"http_host": "0.0.0.0", "advertise_host": "r.example"}, False),
+        ({"link_host": "::"}, True),
+        ({"http_host": "0.0.0.0", "enroll_url": "https://x.example", "link_host": "10.0.0.5"}, False),
+    ],
+)
+def test_an_address_that_only_this_machine_can_dial_is_noticed(values: dict[str, str], lacks: bool) -> None:
+    assert RouterSettings.model_validate(values).lacks_advertised_host is lacks
+
+
+def test_an_unknown_variable_is_named_with_the_nearest_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XEROTIER_ROUTER_HTP_PORT", "1")
+    monkeypatch.setenv("XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT_MS", "1")
+    monkeypatch.setenv("XEROTIER_ROUTER_Q", "1")
+    assert unknown_variables() == {
+        "XEROTIER_ROUTER_HTP_PORT": "XEROTIER_ROUTER_HTTP_PORT",
+        "XEROTIER_ROUTER_Q": None,
+        "XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT_MS": "XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT_S",
+    }
+
+
+def test_shown_values_mask_secrets_and_name_their_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XEROTIER_ROUTER_SECRET_KEY", "ab" * 32)
+    monkeypatch.setenv("XEROTIER_ROUTER_HTTP_PORT", "8081")
+    settings = load_settings()
+    shown = shown_values(settings)
+    assert shown["XEROTIER_ROUTER_SECRET_KEY"] == ("********", "environment")
+    assert shown["XEROTIER_ROUTER_HTTP_PORT"] == ("8081", "environment")
+    assert shown["XEROTIER_ROUTER_SSE_PING_S"] == ("15", "default")
+    assert "abab" not in repr(settings)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for setting in declared():
+        assert setting.description.endswith(".") or "openssl" in setting.description
+        assert setting.rule.startswith("must be ")
+        assert setting.variable.startswith("XEROTIER_")
+        assert setting.group in ("Storage", "Listening", "Limits", "Operation")
+        assert setting.unit == ("s" if setting.field.endswith("_s") else "bytes" if "bytes" in setting.field else None)
