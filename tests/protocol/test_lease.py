@@ -1,10 +1,11 @@
 """Leases: the agent renews in time, the router expires whom it must and nobody else."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xim_protocol.ids import AgentId
-from xim_protocol.lease import LeaseHolder, LeaseTable
+from xim_protocol.lease import LeaseHolder, LeaseTable, heartbeat_s
 
 A, B, C = AgentId("a"), AgentId("b"), AgentId("c")
 
@@ -14,6 +15,13 @@ def holder(asked: float = 0.0, duration_s: float = 30.0, answered: float = 0.5) 
     lease.asked(asked)
     lease.granted(duration_s, answered)
     return lease
+
+
+@pytest.mark.parametrize(
+    ("lease_s", "expected_s"), [(0.2, 0.1), (0.6, 0.1), (6.0, 1.0), (12.0, 2.0), (30.0, 5.0), (300.0, 5.0)]
+)
+def test_heartbeats_are_a_sixth_of_the_lease_within_their_bounds(lease_s: float, expected_s: float) -> None:
+    assert heartbeat_s(lease_s) == expected_s
 
 
 # --- At the agent ---------------------------------------------------------------------------------------------------

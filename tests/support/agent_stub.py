@@ -31,6 +31,7 @@ from xim_protocol.events import (
     Welcomed,
 )
 from xim_protocol.ids import InstanceId, StreamId
+from xim_protocol.lease import heartbeat_s
 from xim_protocol.messages import (
     AgentState,
     CancelReason,
@@ -241,6 +242,7 @@ class AgentStub:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, round(heartbeat_s(self.session.config.lease_s) * 1000))
         if self._routing_id is not None:
             socket.routing_id = self._routing_id
         if self.dial.secure:

@@ -10,6 +10,19 @@ from collections import deque
 
 from xim_protocol.ids import AgentId
 
+LONGEST_HEARTBEAT_S = 5.0
+"""A NAT forgets a connection that is idle for longer."""
+SHORTEST_HEARTBEAT_S = 0.1
+"""ZeroMQ counts a heartbeat's time to live in tenths of a second, and one of none is no limit."""
+
+
+def heartbeat_s(lease_s: float) -> float:
+    """Interval and timeout of a link's heartbeats under this lease.
+
+    A sixth of it, so that detection, backoff and handshake fit into what is left; within the bounds above.
+    """
+    return max(SHORTEST_HEARTBEAT_S, min(lease_s / 6, LONGEST_HEARTBEAT_S))
+
 
 class LeaseHolder:
     """The agent's view of its lease: when to renew, when it is lost."""

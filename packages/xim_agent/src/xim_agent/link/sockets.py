@@ -19,6 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 from xim_agent.link.ends import LinkCause, LinkEnd
 from xim_protocol.codec import MAX_FRAME_BYTES, Frames
 from xim_protocol.enrollment import RouterAddress
+from xim_protocol.lease import heartbeat_s
 from xim_protocol.messages import Channel
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ LEAVE_S = 0.5
 """How long a Goodbye may take to leave after its socket was closed."""
 HANDSHAKE_S = 2.0
 """Connected, but no handshake by then: the router turned the key away without a word. Four ways of 300 ms fit in."""
-LONGEST_HEARTBEAT_S = 5.0
 
 _WATCHED = (
     zmq.EVENT_CONNECTED
@@ -54,12 +54,6 @@ class CurveKeys:
 
     public: bytes
     secret: bytes = field(repr=False)
-
-
-def heartbeat_s(lease_s: float) -> float:
-    """Interval and timeout of heartbeats: a sixth of the lease, so that detection, backoff and handshake fit into
-    what is left of it; at most 5 s, before a NAT forgets an idle connection."""
-    return min(lease_s / 6, LONGEST_HEARTBEAT_S)
 
 
 class Transport:
@@ -98,12 +92,12 @@ class Transport:
             addresses[Channel.STREAMING] = router.streaming_addr
         halves: dict[Channel, _Half] = {}
         for channel, address in addresses.items():
-            dealer = self._dealer(router, keys, heartbeat_s(lease_s))
+            dealer = self._dealer(router, keys, round(heartbeat_s(lease_s) * 1000))
             halves[channel] = _Half(channel, dealer, on_message, on_end)
             halves[channel].connect(address)
         return LinkSockets(halves)
 
-    def _dealer(self, router: RouterAddress, keys: CurveKeys, interval_s: float) -> "zmq.Socket[bytes]":
+    def _dealer(self, router: RouterAddress, keys: CurveKeys, interval_ms: int) -> "zmq.Socket[bytes]":
         dealer = self._context.socket(zmq.DEALER)
         set_option = dealer.setsockopt
         set_option(zmq.RECONNECT_IVL, -1)
@@ -118,11 +112,11 @@ class Transport:
         set_option(zmq.SNDBUF, 4 * 1024 * 1024)  # a fast link with a long way needs more than Linux's default
         set_option(zmq.RCVBUF, 4 * 1024 * 1024)
         set_option(zmq.HANDSHAKE_IVL, round(HANDSHAKE_S * 1000))
-        interval_ms = max(100, round(interval_s * 1000))
         set_option(zmq.HEARTBEAT_IVL, interval_ms)
         set_option(zmq.HEARTBEAT_TIMEOUT, interval_ms)
-        # The router's clock for our silence. Equal to the interval it loses the race against the next heartbeat:
-        # an idle connection then breaks after two intervals (libzmq 4.3.5, measured).
+        # The router's clock for our silence, by our lease: its own heartbeats are one for all its agents. Equal to the
+        # interval it loses the race against the next one: an idle connection then breaks after two intervals
+        # (libzmq 4.3.5, measured).
         set_option(zmq.HEARTBEAT_TTL, 2 * interval_ms)
         set_option(zmq.TCP_KEEPALIVE, 1)  # for what lies between and counts TCP's own signs of life only
         set_option(zmq.TCP_KEEPALIVE_IDLE, 30)

@@ -11,6 +11,7 @@ from xim_protocol.codec import encode
 from xim_protocol.ids import AgentId
 from xim_protocol.messages import Channel, Goodbye, GoodbyeCode, Message
 from xim_router.link.agent_link import RETRY_INTERVAL_S, AgentLink
+from xim_router.link.silence import too_silent, watch_interval_s
 from xim_router.link.transport import RoutingId, SendResult, Transport
 
 LATER_S = 0.01
@@ -69,6 +70,8 @@ class Links:
         link.routing_ids[channel] = routing_id
         link.descriptors[channel] = descriptor
         self._bound[channel][routing_id] = link
+        if channel is Channel.CONTROL:
+            self._watch(link, routing_id)
 
     def unbind(self, link: AgentLink) -> None:
         """Nothing is taken from or sent to the sockets of `link` any more; they are shut."""
@@ -88,6 +91,22 @@ class Links:
                 del link.descriptors[channel]
                 return link
         return None
+
+    def _watch(self, link: AgentLink, control: RoutingId) -> None:
+        """Give a link up when the agent falls silent; ends with the link's control connection."""
+        interval_s = watch_interval_s(link.session.lease_s)
+        if interval_s is not None:
+            self._loop.call_later(interval_s, self._look_after, link, control)
+
+    def _look_after(self, link: AgentLink, control: RoutingId) -> None:
+        # Before the descriptors are trusted: the number of one that is gone may be another peer's by now.
+        self.transport.read_monitors()
+        if link.routing_ids.get(Channel.CONTROL) != control:
+            return
+        if any(too_silent(descriptor, link.session.lease_s) for descriptor in link.descriptors.values()):
+            self._on_lost(link)
+        else:
+            self._watch(link, control)
 
     # --- Sending ---------------------------------------------------------------------------------------------------
 
