@@ -12,15 +12,18 @@ from pathlib import Path
 
 import uvloop
 
-from bench import report
+from bench import record
+from bench.load import idle, measure
 from bench.peer import PEERS, NotInstalled, ensure_installed, peer_router
 from bench.process import StartFailed
-from bench.scenario import Measurement, Scenario, idle, measure, request_scenarios, stream_scenarios
+from bench.scenario import CHUNK_BYTES, INTERVAL_MS, Kind, Measurement, Scenario, all_scenarios
 from bench.subject import ROOT, Subject, engine_alone
+from bench.tables import markdown
 from bench.xim import xim
 
 _IDLE_S = 2.0
 _PAUSE_S = 0.3
+_WARM_UP = Scenario(name="warm-up", kind=Kind.REQUESTS, clients=16, chunks=8)
 KEPT_LOGS = ROOT / "build" / "bench"
 
 
@@ -32,8 +35,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one run with a short window: under three minutes")
     parser.add_argument(
         "--peers",
-        default="vllm-router,sglang-router",
-        help=f"comma list of {', '.join(PEERS)}, or empty for none (default: vllm-router,sglang-router)",
+        default=",".join(PEERS),
+        help=f"comma list, or empty for none (default: {','.join(PEERS)})",
     )
     parser.add_argument("--no-xim", action="store_true", help="measure only the peers and the engine alone")
     parser.add_argument(
@@ -44,6 +47,7 @@ def arguments() -> argparse.Namespace:
         help="measure `serve --workers N` too, on PostgreSQL (default: 1)",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only scenarios whose name contains TEXT")
+    parser.add_argument("--skip", default="", metavar="TEXT", help="no scenario whose name contains TEXT")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="where the tables go")
     args = parser.parse_args()
     unknown = [name for name in _peers(args) if name not in PEERS]
@@ -54,6 +58,11 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.repeats, args.window = 1, min(args.window, 1.0)
     return args
+
+
+def chosen(name: str, args: argparse.Namespace) -> bool:
+    """Whether the scenario of this name runs."""
+    return args.only in name and not (args.skip and args.skip in name)
 
 
 def _peers(args: argparse.Namespace) -> list[str]:
@@ -87,33 +96,39 @@ async def subjects(args: argparse.Namespace, work: Path, skipped: dict[str, str]
         yield started
 
 
-async def run(args: argparse.Namespace) -> report.Results:
+async def run(args: argparse.Namespace) -> record.Results:
     """All scenarios on all subjects, interleaved: what disturbs the machine for a while disturbs all of them."""
-    scenarios = [s for s in [*stream_scenarios(), *request_scenarios()] if args.only in s.name]
+    scenarios = [scenario for scenario in all_scenarios() if chosen(scenario.name, args)]
     skipped: dict[str, str] = {}
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         async with subjects(args, Path(folder), skipped) as started:
-            await _warm_up(scenarios, started)
+            await _warm_up(started)
             idle_shares = {subject.name: await idle(subject, _IDLE_S) for subject in started}
             for repeat in range(args.repeats):
                 say(f"run {repeat + 1} of {args.repeats}")
                 measurements += await _one_run(scenarios, started, repeat, args.window)
-            configuration = {"repeats": args.repeats, "window_s": args.window, "chunk_bytes": 216, "interval_ms": 10}
-            return report.Results(
-                facts=report.facts(started, configuration),
+            configuration = {
+                "repeats": args.repeats,
+                "window_s": args.window,
+                "chunk_bytes": CHUNK_BYTES,
+                "interval_ms": INTERVAL_MS,
+            }
+            return record.Results(
+                facts=record.facts(started, configuration),
                 subjects=[subject.name for subject in started],
                 scenarios=scenarios,
                 measurements=measurements,
                 idle=idle_shares,
                 skipped=skipped,
+                slow=[subject.name for subject in started if subject.slow],
             )
 
 
-async def _warm_up(scenarios: list[Scenario], started: list[Subject]) -> None:
+async def _warm_up(started: list[Subject]) -> None:
     """Caches, connection pools and lazy imports, outside every measured window."""
     for subject in started:
-        await measure(scenarios[-1], subject, 0.3)
+        await measure(_WARM_UP, subject, 0.3)
 
 
 async def _one_run(
@@ -124,7 +139,9 @@ async def _one_run(
         # Another one begins in each run: nobody always has the warmer machine.
         turn = repeat % len(started)
         for subject in started[turn:] + started[:turn]:
-            measurement = await measure(scenario, subject, window_s)
+            if subject.slow and not scenario.slow_too:
+                continue
+            measurement = await measure(scenario, subject, window_s, repeat)
             taken.append(measurement)
             part = "router" if "router" in subject.parts else "engine"
             cost = measurement.cpu_us_per_unit(part)
@@ -144,12 +161,22 @@ def _keep_logs(subject: Subject) -> None:
         say(f"  its log is kept: {KEPT_LOGS / log.name}")
 
 
-async def _until_told(args: argparse.Namespace) -> report.Results:
+async def _until_told(args: argparse.Namespace) -> record.Results:
     """`run`, which SIGTERM ends like Ctrl-C does: everything that was started is stopped."""
     running = asyncio.current_task()
     assert running is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     return await run(args)
+
+
+def write(results: record.Results, folder: Path) -> list[Path]:
+    """The files of this run, named by date and commit; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / record.stem_of(results)
+    contents = {".json": record.as_json(results), ".md": markdown(results)}
+    for ending, content in contents.items():
+        stem.with_suffix(ending).write_text(content)
+    return [stem.with_suffix(ending) for ending in contents]
 
 
 def main() -> int:
@@ -163,9 +190,8 @@ def main() -> int:
     except asyncio.CancelledError:
         say("stopped")
         return 143
-    paths = report.write(results, args.results)
-    print(report.markdown(results))  # noqa: T201
-    say("written: " + ", ".join(str(path) for path in paths))
+    print(markdown(results))  # noqa: T201
+    say("written: " + ", ".join(str(path) for path in write(results, args.results)))
     return 1 if any(m.faults for m in results.measurements) else 0
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import httptools
@@ -55,12 +56,14 @@ class Tally:
 class Answer:
     """One request's answer. Times are of the monotonic clock, in seconds."""
 
-    __slots__ = ("complete", "done", "first_at", "pieces", "seed", "sent_at", "status")
+    __slots__ = ("complete", "done", "first_at", "pieces", "read_at", "seed", "sent_at", "status")
 
     def __init__(self, seed: int, done: "asyncio.Future[None]") -> None:
         self.seed, self.done = seed, done
         self.sent_at = time.monotonic()
         self.first_at: float | None = None
+        self.read_at: list[float] = []
+        """When the socket was read, for each read that brought the end of an event."""
         self.pieces: list[bytes] = []
         self.status = 0
         self.complete = False
@@ -70,18 +73,26 @@ class Answer:
         """From the request's last byte written to the answer's first body byte read."""
         return None if self.first_at is None else self.first_at - self.sent_at
 
-    def fault(self, *, stream: bool) -> str | None:
-        """What is wrong with the answer, or None if every byte of its text is as it must be."""
+    def gaps_s(self, start: float, end: float) -> list[float]:
+        """Times between two reads one after the other, both of them from `start` to `end`."""
+        times = [at for at in self.read_at if start <= at <= end]
+        return [after - before for before, after in pairwise(times)]
+
+    def fault(self, *, stream: bool, whole: bool = True) -> str | None:
+        """What is wrong with the answer, or None if every byte of its text is as it must be.
+
+        An answer that the client left on purpose (`whole` is false) may end anywhere.
+        """
         body = b"".join(self.pieces)
         if self.status != 200:
             return f"status {self.status}: {body[:200].decode(errors='replace')}"
-        if not self.complete:
+        if whole and not self.complete:
             return "cut off before its end"
-        if stream and b"data: [DONE]" not in body[-200:]:
+        if whole and stream and b"data: [DONE]" not in body[-200:]:
             return "no terminal event"
         text = b"".join(_TEXT.findall(body)).decode()
         if not text:
-            return "no text"
+            return "no text" if whole else None
         return None if text == expected_text(self.seed, len(text)) else "the text is not the one that was sent"
 
 
@@ -93,6 +104,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
+        self._read_at = 0.0
 
     def ask(self, request: bytes, seed: int) -> Answer:
         """Send `request`; the answer's `done` is set when it has ended, in whatever way."""
@@ -116,6 +128,7 @@ class Connection(asyncio.Protocol):
         self._end(complete=False)
 
     def data_received(self, data: bytes) -> None:
+        self._read_at = time.monotonic()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -129,10 +142,16 @@ class Connection(asyncio.Protocol):
         answer = self._answer
         if answer is None:
             return
+        read_at = self._read_at
         if answer.first_at is None:
-            answer.first_at = time.monotonic()
+            answer.first_at = read_at
         answer.pieces.append(body)
-        self._tally.events += body.count(_EVENT_END)
+        events = body.count(_EVENT_END)
+        if events:
+            self._tally.events += events
+            # One read may hold several chunks of the body: it is one time all the same.
+            if not answer.read_at or answer.read_at[-1] != read_at:
+                answer.read_at.append(read_at)
 
     def on_message_complete(self) -> None:
         self._end(complete=True)

@@ -28,6 +28,8 @@ class Peer:
     env: dict[str, str] = field(default_factory=dict)
     key_variable: str | None = None
     """The variable that gives it its bearer key, for a peer that starts only with one."""
+    slow: bool = False
+    """See `Subject.slow`."""
 
     @property
     def environment(self) -> Path:
@@ -83,6 +85,7 @@ PEERS: dict[str, Peer] = {
             health="/health/liveliness",
             env={"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "NO_DOCS": "True"},
             key_variable="LITELLM_MASTER_KEY",
+            slow=True,
         ),
     )
 }
@@ -144,4 +147,4 @@ async def peer_router(peer: Peer, version: str, engine: Subject, work: Path) -> 
         await wait_until_ready(process, port, peer.health, log=log, timeout_s=_READY_S)
         target = replace(engine.target, port=port, api_key=key)
         parts = {"router": Part(pid=process.pid)}
-        yield Subject(name=peer.name, version=version, target=target, parts=parts, logs=(log,))
+        yield Subject(name=peer.name, version=version, target=target, parts=parts, logs=(log,), slow=peer.slow)

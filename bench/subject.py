@@ -29,6 +29,8 @@ class Subject:
     target: Target
     parts: dict[str, Part]
     logs: tuple[Path, ...] = ()
+    slow: bool = False
+    """It relays fewer chunks per second than most loads here bring, and is asked for few of them."""
 
 
 @asynccontextmanager

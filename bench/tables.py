@@ -1,0 +1,175 @@
+"""What was measured, as Markdown tables: medians and spread of the repeats."""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from bench.record import ALONE, BASELINE, OURS, Results
+from bench.scenario import Kind, Latency, Measurement, Scenario
+
+_PERCENTILES: dict[str, Callable[[Latency], float]] = {
+    "p50": lambda found: found.p50_s,
+    "p99": lambda found: found.p99_s,
+}
+
+
+def markdown(results: Results) -> str:
+    """All tables of the run."""
+    streams, requests, paced = (results.of_kind(kind) for kind in Kind)
+    blocks = [_header(results.facts)]
+    if streams:
+        blocks += ["## CPU of the router per relayed chunk, in us", _cpu_table(results, streams)]
+        blocks += ["## Chunks delivered in the window, % of those due", _delivered_table(results, streams)]
+    if paced:
+        blocks += [
+            "## Added time to first token, in ms",
+            "Through the router less the engine alone in the same repeat; paced clients, each with a fresh request as "
+            "soon as its last stream has ended (and a pause of up to one step).",
+            _added_table(results, paced, lambda m: m.ttft, "requests"),
+            "## Added time between two reads of a stream, in ms",
+            _added_table(results, paced, lambda m: m.gaps, "times"),
+        ]
+    if requests:
+        blocks += ["## CPU of the router per request, in us", _cpu_table(results, requests)]
+        timed = [scenario for scenario in requests if scenario.stream]
+        blocks += [
+            "## Time to first token in the closed loop, p50 and p99, in ms",
+            "The next request follows at once on the end of the last, all streams in lockstep: what the way there and "
+            "back takes in a crowd.",
+            _closed_loop_table(results, timed),
+        ]
+    blocks += ["## CPU while idle, ms per s", _idle_table(results)]
+    blocks += ["## CPU of the client itself, % of one core, the most of all repeats", _client_table(results)]
+    blocks += _left_out(results)
+    blocks += [f"Fault: {line}" for line in _faults(results)] or ["Every byte of every answer was the expected one."]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _header(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in {**facts["subjects"], **facts["packages"]}.items())
+    return (
+        f"# Bench of {facts['date']}, commit {facts['commit']}\n\n"
+        f"{facts['cores']} x {facts['cpu']}, {facts['memory_gib']} GiB, {facts['system']}, "
+        f"Python {facts['python']}; {versions}.\n\n"
+        f"Configuration: {json.dumps(facts['configuration'])}. Numbers are medians (least - most) of the repeats."
+    )
+
+
+def spread(values: Sequence[float], repeats: int, digits: int = 1) -> str:
+    """Median, least and most, as one cell; a median of fewer runs than `repeats` must not pass for one of all."""
+    if not values:
+        return "-"
+    note = f" **{len(values)} of {repeats} runs**" if len(values) < repeats else ""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f}){note}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, all columns but the first aligned to the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cpu_table(results: Results, scenarios: list[Scenario]) -> str:
+    def cpu(scenario: Scenario, subject: str, part: str = "router") -> str:
+        return spread(results.series(scenario.name, subject, lambda m: m.cpu_us_per_unit(part)), results.repeats)
+
+    columns: list[tuple[str, Callable[[Scenario], str]]] = [
+        (name, partial(cpu, subject=name)) for name in results.routers
+    ]
+    if OURS in results.routers:
+        columns += [(f"{OURS} / {BASELINE}", partial(_ratio, results, subject=OURS, baseline=BASELINE))]
+        for several in (name for name in results.routers if name.startswith(f"{OURS}, ")):
+            columns += [(f"{several} / {OURS}", partial(_ratio, results, subject=several, baseline=OURS))]
+        columns += [("our agent", partial(cpu, subject=OURS, part="agent"))]
+    columns += [("the engine alone", partial(cpu, subject=ALONE, part="engine"))]
+    rows = [[scenario.name, *(cell(scenario) for _, cell in columns)] for scenario in scenarios]
+    return table(["", *(name for name, _ in columns)], rows)
+
+
+def _ratio(results: Results, scenario: Scenario, subject: str, baseline: str) -> str:
+    ours, theirs = (
+        results.median(results.series(scenario.name, name, lambda m: m.cpu_us_per_unit("router")))
+        for name in (subject, baseline)
+    )
+    return f"{ours / theirs:.2f}" if ours and theirs else "-"
+
+
+def _delivered_table(results: Results, scenarios: list[Scenario]) -> str:
+    rows = []
+    for scenario in scenarios:
+        cells = [scenario.name]
+        for name in results.subjects:
+            shares = [m.units / m.expected_units for m in results.of(scenario.name, name) if m.expected_units]
+            cells.append(f"{100 * statistics.median(shares):.0f}" if shares else "-")
+        rows.append(cells)
+    return table(["", *results.subjects], rows)
+
+
+def _added_table(
+    results: Results, scenarios: list[Scenario], of: Callable[[Measurement], Latency | None], counted: str
+) -> str:
+    rows = []
+    for scenario in scenarios:
+        counts = [found.count for m in results.of(scenario.name, ALONE) if (found := of(m)) is not None]
+        for name in _PERCENTILES:
+            value = partial(_of_latency, of, name)
+            alone = spread(results.series(scenario.name, ALONE, value), results.repeats, 2)
+            added = (results.added(scenario.name, router, value) for router in results.routers)
+            cells = [spread(values, results.repeats, 2) for values in added]
+            rows.append([f"{scenario.name}, {name}", *cells, alone, str(min(counts, default=0))])
+    return table(["added by", *results.routers, "the engine alone has", f"{counted} in each repeat"], rows)
+
+
+def _closed_loop_table(results: Results, scenarios: list[Scenario]) -> str:
+    rows = []
+    for scenario in scenarios:
+        for name in _PERCENTILES:
+            value = partial(_of_latency, lambda m: m.ttft, name)
+            series = (results.series(scenario.name, subject, value) for subject in results.subjects)
+            rows.append([f"{scenario.name}, {name}", *(spread(values, results.repeats) for values in series)])
+    return table(["", *results.subjects], rows)
+
+
+def _of_latency(of: Callable[[Measurement], Latency | None], name: str, measurement: Measurement) -> float | None:
+    """That percentile in ms."""
+    found = of(measurement)
+    return None if found is None else 1000 * _PERCENTILES[name](found)
+
+
+def _idle_table(results: Results) -> str:
+    rows = [
+        [f"{subject}, {part}", f"{1000 * share:.2f}"]
+        for subject, parts in results.idle.items()
+        for part, share in parts.items()
+    ]
+    return table(["", "ms / s"], rows)
+
+
+def _client_table(results: Results) -> str:
+    rows = []
+    for scenario in results.scenarios:
+        shares = ([m.client_share for m in results.of(scenario.name, name)] for name in results.subjects)
+        rows.append([scenario.name, *(f"{100 * max(found):.0f}" if found else "-" for found in shares)])
+    return table(["", *results.subjects], rows)
+
+
+def _left_out(results: Results) -> list[str]:
+    """What was not measured, and why."""
+    lines = [f"Skipped: {name}: {reason}" for name, reason in results.skipped.items()]
+    names = ", ".join(scenario.name for scenario in results.scenarios if not scenario.slow_too)
+    if names:
+        lines += [
+            f"Not asked of {name}: {names}. These bring more chunks per second than it relays; what it delivers of "
+            "128 streams stands above."
+            for name in results.slow
+        ]
+    return lines
+
+
+def _faults(results: Results) -> list[str]:
+    """One line per subject and kind of fault, with how often it was seen."""
+    seen = Counter((m.subject, m.faults[0]) for m in results.measurements if m.faults)
+    return [f"{subject}, in {count} measurements: {fault}" for (subject, fault), count in seen.items()]
