@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from xim_agent.settings import NOT_YET_EFFECTIVE, AgentSettings, engine_environment
+from xim_agent.settings import MOST_CONCURRENT, NOT_YET_EFFECTIVE, AgentSettings, engine_environment
 from xim_agent.settings_check import SettingsInvalid, advice, load_settings, warnings
 from xim_agent.settings_reference import help_text, rows
+from xim_protocol.codec import MAX_STREAMS
 
 A = "XEROTIER_AGENT_"
 STRICT = (
@@ -176,3 +177,9 @@ def test_every_setting_has_a_description_and_its_own_variable() -> None:
 )
 def test_the_reference_says_what_a_setting_takes(field: str, takes: str) -> None:
     assert next(row.takes for row in rows() if row.field == field) == takes
+
+
+def test_a_hello_names_the_streams_of_a_full_node_and_as_many_that_ended() -> None:
+    assert 2 * MOST_CONCURRENT <= MAX_STREAMS
+    with pytest.raises(SettingsInvalid, match="MAX_CONCURRENT='4097': must be at most 4096"):
+        load_settings({"XEROTIER_AGENT_MAX_CONCURRENT": "4097"})

@@ -8,6 +8,7 @@ from tests.agent.planning.givens import decision, machine, model, planned, vllm,
 from xim_agent.planning.decision import Source
 from xim_agent.planning.engine_facts import EngineFacts
 from xim_agent.planning.plan import EnginePlan
+from xim_agent.settings import MOST_CONCURRENT
 
 GIB = 1024**3
 LENGTH = "context length"
@@ -84,6 +85,16 @@ def test_without_memory_facts_concurrency_is_the_batch() -> None:
     assert plan.max_concurrent == 64
     assert values(plan, "memory", LENGTH) == ["not known", "131072"]
     assert plan.estimate is not None
+
+
+@pytest.mark.parametrize("memory_known", [True, False])
+def test_concurrency_stays_within_what_a_link_carries(memory_known: bool) -> None:
+    board = machine("h100-x8")
+    memory_bytes = 1 << 50 if memory_known else None
+    wide = replace(board, gpus=tuple(replace(gpu, memory_bytes=memory_bytes) for gpu in board.gpus * 16))
+    plan = planned(wide, TENSOR_PARALLEL_SIZE="128", MAX_NUM_SEQS="100000")
+    assert plan.max_concurrent == MOST_CONCURRENT
+    assert decision(plan, "max concurrent").reason.endswith("; a link carries no more than 4096")
 
 
 def test_the_memory_is_that_of_the_smallest_gpu() -> None:

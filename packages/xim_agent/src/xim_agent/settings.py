@@ -29,8 +29,12 @@ from xim_agent.settings_types import (
     SpeculativeMethod,
     Words,
 )
+from xim_protocol.codec import MAX_STREAMS
 
 PREFIX = "XEROTIER_AGENT_"
+
+MOST_CONCURRENT = MAX_STREAMS // 2
+"""A Hello names every stream of the session: those in flight, and those that ended and the router did not close yet."""
 
 NOT_YET_EFFECTIVE: dict[str, str] = {
     "model_cache_path": "the agent does not receive models yet; it serves INITIAL_MODEL_PATH",
@@ -98,7 +102,7 @@ class AgentSettings(BaseSettings):
     )
 
     # Serving
-    max_concurrent: Annotated[int, Field(ge=1, le=4096)] | None = _setting(
+    max_concurrent: Annotated[int, Field(ge=1, le=MOST_CONCURRENT)] | None = _setting(
         None,
         "MAX_CONCURRENT",
         Group.SERVING,

@@ -4,6 +4,7 @@ from xim_agent.planning.budget import TYPICAL_TOKENS, Budget, shortest_context
 from xim_agent.planning.decision import Decision, Device, Given, Source, said
 from xim_agent.planning.memory import GIB
 from xim_agent.planning.operator_words import number_of
+from xim_agent.settings import MOST_CONCURRENT
 
 CPU_CONCURRENCY = 5
 """Where a CPU starts; memory bandwidth, not vLLM, is its limit."""
@@ -120,13 +121,20 @@ def choose_concurrency(given: Given, budget: Budget, sequences: Decision) -> Dec
         return Decision(option=name, value=str(value), source=Source.HARDWARE, reason=reason)
     most = MOST_PER_GPU * budget.tensor_parallel_size
     if budget.kv_bytes is None:
-        reason = "max num seqs; what fits is not known"
-        return Decision(option=name, value=str(min(batch, most)), source=Source.DEFAULT, reason=reason)
+        value, reason = _within_link(min(batch, most), "max num seqs; what fits is not known")
+        return Decision(option=name, value=str(value), source=Source.DEFAULT, reason=reason)
     tokens = min(TYPICAL_TOKENS, given.model.max_position_embeddings or TYPICAL_TOKENS)
     fitting = budget.sequences(given, tokens)
-    value = max(1, min(batch, fitting, most))
-    reason = f"{fitting} sequences of {tokens} tokens fit; no more than max num seqs, nor {MOST_PER_GPU} for each GPU"
+    bounds = f"{fitting} sequences of {tokens} tokens fit; no more than max num seqs, nor {MOST_PER_GPU} for each GPU"
+    value, reason = _within_link(max(1, min(batch, fitting, most)), bounds)
     return Decision(option=name, value=str(value), source=Source.AUTOMATIC, reason=reason)
+
+
+def _within_link(value: int, reason: str) -> tuple[int, str]:
+    """`value` as far as a link carries it, and the reason with that said where it counts."""
+    if value <= MOST_CONCURRENT:
+        return value, reason
+    return MOST_CONCURRENT, f"{reason}; a link carries no more than {MOST_CONCURRENT}"
 
 
 def _too_long(given: Given, budget: Budget, tokens: int | None) -> str:
