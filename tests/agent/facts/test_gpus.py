@@ -137,6 +137,12 @@ def test_the_whole_machine_is_read(tmp_path: Path) -> None:
     assert (facts.nvidia_driver, facts.system, facts.problems) == ("570.124.06", "Linux", ())
 
 
+def test_shared_memory_is_measured_where_there_is_some(tmp_path: Path) -> None:
+    assert machine(tmp_path).shm_free_bytes is None
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    assert machine(tmp_path).shm_free_bytes
+
+
 def test_a_wrong_mask_is_a_problem_only_where_there_are_devices(tmp_path: Path) -> None:
     assert machine(tmp_path, FakeNvml(*A40), cuda="9").problems
     assert machine(tmp_path, cuda="0", hip="0").problems == ()

@@ -38,6 +38,7 @@ machines = st.builds(
     ram_bytes=st.none() | st.integers(1, 1 << 60),
     cpu_limit=st.none() | st.floats(0.01, 1000),
     disk_free_bytes=st.none() | st.integers(0, 1 << 60),
+    shm_free_bytes=st.none() | st.integers(0, 1 << 60),
     problems=st.lists(st.text(), max_size=2).map(tuple),
 )
 

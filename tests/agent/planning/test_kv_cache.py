@@ -57,6 +57,40 @@ def test_a_size_of_the_operator_is_taken_and_too_much_is_warned_of() -> None:
     assert decision(planned(unknown, KV_OFFLOAD_SIZE_GB="100"), "KV offload").warning == ""
 
 
+def test_a_quarter_that_shared_memory_cannot_hold_is_cut() -> None:
+    container = replace(machine("h200"), shm_free_bytes=90 * GIB)
+    found = decision(planned(container), "KV offload")
+    assert words(found) == f"{BACKEND_FLAG} native {SIZE_FLAG} 89"
+    assert found.source is Source.HARDWARE
+    assert "/dev/shm" in found.reason
+    assert found.warning == ""
+    roomy = replace(machine("h200"), shm_free_bytes=256 * GIB)
+    assert words(decision(planned(roomy), "KV offload")) == f"{BACKEND_FLAG} native {SIZE_FLAG} 128"
+
+
+def test_without_shared_memory_there_is_no_offload_and_the_operator_is_told() -> None:
+    container = replace(machine("h200"), shm_free_bytes=64 * 1024**2)
+    found = decision(planned(container), "KV offload")
+    assert (found.value, words(found)) == ("off", "")
+    assert "/dev/shm has 0.1 GiB free" in found.warning
+    assert "SHM_SIZE" in found.warning
+    chosen_off = decision(planned(container, KV_OFFLOAD_SIZE_GB="0"), "KV offload")
+    assert chosen_off.warning == ""
+
+
+def test_a_size_of_the_operator_beyond_shared_memory_is_warned_of_and_kept() -> None:
+    container = replace(machine("h200"), shm_free_bytes=8 * GIB)
+    found = decision(planned(container, KV_OFFLOAD_SIZE_GB="12.5"), "KV offload")
+    assert words(found) == f"{BACKEND_FLAG} native {SIZE_FLAG} 12.5"
+    assert "vLLM will refuse it" in found.warning
+    assert decision(planned(container, KV_OFFLOAD_SIZE_GB="7"), "KV offload").warning == ""
+
+
+def test_rocm_offloads_to_memory_of_its_own() -> None:
+    container = replace(machine("mi300x-x8"), shm_free_bytes=0)
+    assert words(decision(planned(container, engine=vllm("+rocm700")), "KV offload")).endswith(f"{SIZE_FLAG} 384")
+
+
 def test_a_vllm_without_the_flags_gets_none() -> None:
     flags = vllm().flags
     assert flags is not None

@@ -127,9 +127,30 @@ def test_a_window_bounds_its_layers() -> None:
 def test_a_linear_layers_state_does_not_grow() -> None:
     facts = published("qwen3.5-9b")
     per_layer = (2 * 16 * 128 + 32 * 128) * 3 * 2 + 32 * 128 * 128 * 4
-    assert state_bytes(facts) == 24 * per_layer
+    assert state_bytes(facts) == 2 * 24 * per_layer  # the current one and that of the last whole block
     assert sequence_bytes(facts, 0) == state_bytes(facts)
     assert state_bytes(facts, tensor_parallel_size=2) * 2 == state_bytes(facts)
+
+
+def test_a_mamba_2_layer_keeps_one_state_more() -> None:
+    facts = published("nemotron-h-56b")
+    per_layer = (2 * 8 * 256 + 256 * 64) * 3 * 2 + 256 * 256 * 64 * 4
+    assert state_bytes(facts) == 3 * 54 * per_layer
+
+
+def test_every_guessed_token_has_a_state() -> None:
+    facts = published("qwen3-next-80b-a3b")
+    assert state_bytes(facts, guessed_tokens=2) == 2 * state_bytes(facts)
+    more = concurrency_that_fits(facts, 10 * GIB, 2048), context_that_fits(facts, GIB, most=262144)
+    fewer = (
+        concurrency_that_fits(facts, 10 * GIB, 2048, guessed_tokens=2),
+        context_that_fits(facts, GIB, most=262144, guessed_tokens=2),
+    )
+    assert fewer < more
+    assert fewer[1] < more[1]
+    assert sequence_bytes(published("llama-3.1-8b"), 9, guessed_tokens=2) == sequence_bytes(
+        published("llama-3.1-8b"), 9
+    )
 
 
 def test_a_state_of_unknown_shape_is_not_guessed() -> None:

@@ -86,6 +86,16 @@ def test_qwen3_next_gets_mtp_when_switch_and_method_are_set() -> None:
     assert config_of(found) == {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
 
 
+def test_guessed_tokens_are_reckoned_with_where_they_cost_states() -> None:
+    plain = planned("h200", "qwen3.5-27b")
+    guessing = planned("h200", "qwen3.5-27b", SPECULATIVE_METHOD="ngram", SPECULATIVE_TOKENS="4", **ON)
+    assert (plain.budget.guessed_tokens, guessing.budget.guessed_tokens) == (0, 4)
+    assert "sequences of 2048" in decision(guessing, "max concurrent").reason
+    assert guessing.budget.sequences(guessing.given, 2048) < plain.budget.sequences(plain.given, 2048)
+    by_words = planned("h200", "qwen3.5-27b", VLLM_ARGS="--spec-method ngram", **ON)
+    assert by_words.budget.guessed_tokens == 0
+
+
 def test_a_family_without_its_mtp_layers_and_a_cpu_fall_back() -> None:
     bare = replace(model("deepseek-v3"), mtp_layers=0)
     assert "no MTP layers" in decision(planned("h200", bare, **ON), "speculative decoding").reason

@@ -118,6 +118,8 @@ class HardwareFacts:
     disk_total_bytes: Positive | None = None
     """Of the file system that holds the model cache."""
     disk_free_bytes: Annotated[int, Field(ge=0)] | None = None
+    shm_free_bytes: Annotated[int, Field(ge=0)] | None = None
+    """What may still be written to /dev/shm, which a container limits by itself; `None` where there is none."""
     nvidia_driver: str | None = None
     cuda_version: str | None = None
     """The newest CUDA that the driver serves, `12.8`."""

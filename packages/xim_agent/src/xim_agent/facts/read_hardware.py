@@ -51,6 +51,7 @@ def read_hardware(
     cuda, cuda_problem = visible(nvidia.gpus, cuda_mask, "CUDA_VISIBLE_DEVICES")
     hip, hip_problem = visible(amd.gpus, hip_mask, "HIP_VISIBLE_DEVICES")
     total, free = _disk(cache)
+    shm = root / "dev/shm"
     problems = (nvidia.problem, amd.problem, cuda_problem if nvidia.gpus else None, hip_problem if amd.gpus else None)
     return HardwareFacts(
         gpus=(*cuda, *hip),
@@ -60,6 +61,7 @@ def read_hardware(
         cpu_limit=cpu_limit(root),
         disk_total_bytes=total,
         disk_free_bytes=free,
+        shm_free_bytes=_disk(shm)[1] if shm.is_dir() else None,
         nvidia_driver=nvidia.driver,
         cuda_version=nvidia.cuda_version,
         amd_driver=amd.driver,

@@ -38,6 +38,8 @@ class Budget:
     """What is left for the KV cache; `None` where one of the above is not known."""
     kv_dtype_bytes: int
     tensor_parallel_size: int
+    guessed_tokens: int = 0
+    """By speculative decoding in one step; each has a state of its own in linear attention layers."""
 
     def context_fits(self, given: Given, tokens: int) -> bool | None:
         """Whether one sequence of `tokens` fits; `None` where that is not known."""
@@ -51,6 +53,7 @@ class Budget:
             tokens,
             dtype_bytes=self.kv_dtype_bytes,
             tensor_parallel_size=self.tensor_parallel_size,
+            guessed_tokens=self.guessed_tokens,
         )
 
     def longest(self, given: Given, most: int) -> int:
@@ -61,12 +64,17 @@ class Budget:
             most=most,
             dtype_bytes=self.kv_dtype_bytes,
             tensor_parallel_size=self.tensor_parallel_size,
+            guessed_tokens=self.guessed_tokens,
         )
 
     def sequence_bytes(self, given: Given, tokens: int) -> int:
         """Bytes on one device of one sequence of `tokens` tokens."""
         return memory.sequence_bytes(
-            given.model, tokens, dtype_bytes=self.kv_dtype_bytes, tensor_parallel_size=self.tensor_parallel_size
+            given.model,
+            tokens,
+            dtype_bytes=self.kv_dtype_bytes,
+            tensor_parallel_size=self.tensor_parallel_size,
+            guessed_tokens=self.guessed_tokens,
         )
 
     def with_kv(self, kv_cache_bytes: int) -> Estimate | None:
@@ -75,7 +83,13 @@ class Budget:
 
 
 def budget_of(
-    given: Given, *, quantization: str | None, dtype: str, tensor_parallel_size: int, utilization: float
+    given: Given,
+    *,
+    quantization: str | None,
+    dtype: str,
+    tensor_parallel_size: int,
+    utilization: float,
+    guessed_tokens: int = 0,
 ) -> Budget:
     """The budget under these decisions; `utilization` counts on GPUs only."""
     weights = loaded_bytes(given, quantization=quantization, dtype=dtype)
@@ -96,6 +110,7 @@ def budget_of(
         kv_bytes=kv_bytes,
         kv_dtype_bytes=kv_dtype_bytes(given, dtype),
         tensor_parallel_size=tensor_parallel_size,
+        guessed_tokens=guessed_tokens,
     )
 
 

@@ -14,6 +14,9 @@ BACKEND_FLAG = "--kv-offloading-backend"
 TRANSFER_FLAG = "--kv-transfer-config"
 OFFLOAD_SHARE = 0.25
 """Of the memory, where the operator names no size."""
+SHM_KEPT = GIB
+"""Of /dev/shm for the messages between vLLM's processes and NCCL's buffers."""
+SHM_LEVERS = "Raise it (SHM_SIZE in compose, --shm-size or --ipc=host), or set XEROTIER_AGENT_KV_OFFLOAD_SIZE_GB lower."
 LMCACHE_SHARE = 0.10
 """Of the memory and of the partition, for each of LMCache's tiers."""
 LMCACHE_FILE = "lmcache_config.yaml"
@@ -66,20 +69,48 @@ def _native(given: Given) -> Decision:
     size = given.settings.kv_offload_size_gb
     if size == 0:
         return _off(Source.OPERATOR, "set by XEROTIER_AGENT_KV_OFFLOAD_SIZE_GB")
-    ram = given.hardware.usable_ram_bytes
     if size is None:
-        if ram is None:
-            return _off(Source.HARDWARE, "the machine's memory is not known")
-        whole = int(ram * OFFLOAD_SHARE) // GIB
-        if whole < 1:
-            return _off(Source.HARDWARE, "a quarter of the memory is less than 1 GiB")
-        reason = f"a quarter of {ram / GIB:.0f} GiB of memory"
-        return _native_of(given, str(whole), Source.DEFAULT, reason)
-    warning = ""
-    if ram is not None and size * GIB > ram:
-        warning = f"KV offload of {size:g} GiB is more than the memory of {ram / GIB:.0f} GiB."
+        return _native_by_memory(given)
     reason = "set by XEROTIER_AGENT_KV_OFFLOAD_SIZE_GB"
-    return _native_of(given, f"{size:g}", Source.OPERATOR, reason, warning=warning)
+    return _native_of(given, f"{size:g}", Source.OPERATOR, reason, warning=_too_large(given, size))
+
+
+def _native_by_memory(given: Given) -> Decision:
+    """A quarter of the memory, or what shared memory holds where that is less."""
+    ram, room = given.hardware.usable_ram_bytes, _shared_room_bytes(given)
+    if ram is None:
+        return _off(Source.HARDWARE, "the machine's memory is not known")
+    whole = int(ram * OFFLOAD_SHARE) // GIB
+    if whole < 1:
+        return _off(Source.HARDWARE, "a quarter of the memory is less than 1 GiB")
+    if room is None or whole * GIB <= room:
+        return _native_of(given, str(whole), Source.DEFAULT, f"a quarter of {ram / GIB:.0f} GiB of memory")
+    free = f"/dev/shm has {(given.hardware.shm_free_bytes or 0) / GIB:.1f} GiB free"
+    if room < GIB:
+        warning = f"KV offload is off: {free}, and vLLM offloads to there. {SHM_LEVERS}"
+        return _off(Source.HARDWARE, f"{free}, and vLLM offloads to there", warning=warning)
+    reason = f"{free}, where vLLM offloads to; a quarter of the memory would be {whole} GiB"
+    return _native_of(given, str(room // GIB), Source.HARDWARE, reason)
+
+
+def _too_large(given: Given, size_gib: float) -> str:
+    """What speaks against the operator's size; empty for nothing."""
+    ram, room = given.hardware.usable_ram_bytes, _shared_room_bytes(given)
+    if ram is not None and size_gib * GIB > ram:
+        return f"KV offload of {size_gib:g} GiB is more than the memory of {ram / GIB:.0f} GiB."
+    if room is not None and size_gib * GIB > room:
+        return f"KV offload of {size_gib:g} GiB does not fit into /dev/shm, so vLLM will refuse it. {SHM_LEVERS}"
+    return ""
+
+
+def _shared_room_bytes(given: Given) -> int | None:
+    """What shared memory holds of offloaded blocks; `None` where that is not known, or the device needs none.
+
+    On NVIDIA GPUs vLLM maps a file in /dev/shm and does not start where that is too small (`SharedOffloadRegion`); on
+    ROCm every rank has memory of its own (`CPUOffloadingSpec._uses_shared_region`).
+    """
+    free = given.hardware.shm_free_bytes
+    return None if free is None or given.device is not Device.CUDA else max(free - SHM_KEPT, 0)
 
 
 def _native_of(given: Given, size: str, source: Source, reason: str, *, warning: str = "") -> Decision:

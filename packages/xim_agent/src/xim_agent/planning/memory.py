@@ -9,14 +9,15 @@ What one sequence keeps, by kind of layer:
 - full attention: 2 (K and V) × KV heads × head size × dtype, for every token;
 - sliding window: the same, for no more tokens than the window;
 - MLA: (kv_lora_rank + qk_rope_head_dim) × dtype for every token (vLLM's `MLAAttentionSpec`);
-- linear (gated delta net, Mamba-2): a state of fixed size, whatever the length (vLLM's `MambaStateShapeCalculator`).
+- linear (gated delta net, Mamba-2): states of fixed size, whatever the length (vLLM's `MambaStateShapeCalculator`), as
+  many as prefix caching and speculation need (`MambaSpec.max_memory_usage_bytes`).
 """
 
 from bisect import bisect_right
 from dataclasses import dataclass
 from math import ceil
 
-from xim_agent.facts.model import ModelFacts
+from xim_agent.facts.model import LinearKind, ModelFacts
 
 GIB = 1024**3
 ACTIVATION_SHARE = 0.20
@@ -30,6 +31,10 @@ HALF_BYTES = 2
 STATE_BYTES = 4
 """Of one value of a linear layer's recurrent state: float32 (`mamba_ssm_dtype` of Qwen3.5). The larger of what vLLM
 uses, so that a model that does not say is not underestimated."""
+
+STATES = {LinearKind.GDN: 2, LinearKind.MAMBA: 3}
+"""Copies of a linear layer's state that a running sequence holds where prefixes are cached, which they always are: the
+current one, that of the last whole block, and with Mamba-2 a checkpoint of the prompt (vLLM's cache mode `align`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,20 +126,28 @@ def kv_bytes_per_token(model: ModelFacts, *, dtype_bytes: int = HALF_BYTES, tens
 
 
 def sequence_bytes(
-    model: ModelFacts, tokens: int, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+    model: ModelFacts,
+    tokens: int,
+    *,
+    dtype_bytes: int = HALF_BYTES,
+    tensor_parallel_size: int = 1,
+    guessed_tokens: int = 0,
 ) -> int:
-    """Bytes that one sequence of `tokens` tokens keeps on one GPU, over all layers."""
+    """Bytes that one sequence of `tokens` tokens keeps on one GPU, over all layers, `guessed_tokens` a step."""
     windowed = tokens if model.sliding_window is None else min(tokens, model.sliding_window)
     kept = model.layers.full * tokens + model.layers.sliding * windowed
     return kept * _layer_token_bytes(model, dtype_bytes, tensor_parallel_size) + state_bytes(
-        model, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size
+        model, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size, guessed_tokens=guessed_tokens
     )
 
 
-def state_bytes(model: ModelFacts, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1) -> int:
+def state_bytes(
+    model: ModelFacts, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1, guessed_tokens: int = 0
+) -> int:
     """Bytes of the fixed-size states of one sequence on one GPU; 0 where the state's shape is not known.
 
-    Each linear layer keeps a convolution's window over queries, keys and values, and one matrix per value head.
+    A state is a convolution's window over queries, keys and values, and one matrix per value head. Each linear layer
+    keeps `STATES` of them, and one more for every token that is guessed in a step.
     """
     shape = model.linear
     if shape is None or None in (shape.key_heads, shape.value_heads, shape.key_head_dim, shape.value_head_dim):
@@ -146,15 +159,26 @@ def state_bytes(model: ModelFacts, *, dtype_bytes: int = HALF_BYTES, tensor_para
     channels = 2 * shape.key_heads * shape.key_head_dim + shape.value_heads * shape.value_head_dim
     window = channels * max((shape.conv_kernel or 1) - 1, 0) * dtype_bytes
     matrices = shape.value_heads * shape.key_head_dim * shape.value_head_dim * STATE_BYTES
-    return ceil(model.layers.linear * (window + matrices) / tensor_parallel_size)
+    states = STATES.get(shape.kind, 1) + guessed_tokens
+    return ceil(states * model.layers.linear * (window + matrices) / tensor_parallel_size)
 
 
 def kv_cache_bytes(
-    model: ModelFacts, tokens: int, *, concurrent: int, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+    model: ModelFacts,
+    tokens: int,
+    *,
+    concurrent: int,
+    dtype_bytes: int = HALF_BYTES,
+    tensor_parallel_size: int = 1,
+    guessed_tokens: int = 0,
 ) -> int:
     """Bytes on one GPU for `concurrent` sequences of `tokens` tokens each."""
     return concurrent * sequence_bytes(
-        model, tokens, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size
+        model,
+        tokens,
+        dtype_bytes=dtype_bytes,
+        tensor_parallel_size=tensor_parallel_size,
+        guessed_tokens=guessed_tokens,
     )
 
 
@@ -165,10 +189,22 @@ def kv_budget_bytes(memory_bytes: int, utilization: float, without_kv: Estimate)
 
 
 def concurrency_that_fits(
-    model: ModelFacts, budget_bytes: int, tokens: int, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+    model: ModelFacts,
+    budget_bytes: int,
+    tokens: int,
+    *,
+    dtype_bytes: int = HALF_BYTES,
+    tensor_parallel_size: int = 1,
+    guessed_tokens: int = 0,
 ) -> int:
     """How many sequences of `tokens` tokens fit into `budget_bytes` of one GPU's memory."""
-    one = sequence_bytes(model, tokens, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size)
+    one = sequence_bytes(
+        model,
+        tokens,
+        dtype_bytes=dtype_bytes,
+        tensor_parallel_size=tensor_parallel_size,
+        guessed_tokens=guessed_tokens,
+    )
     return budget_bytes // one if one else 0
 
 
@@ -180,6 +216,7 @@ def context_that_fits(
     concurrent: int = 1,
     dtype_bytes: int = HALF_BYTES,
     tensor_parallel_size: int = 1,
+    guessed_tokens: int = 0,
 ) -> int:
     """The longest sequence, up to `most` tokens, that fits `concurrent` times into `budget_bytes`; 0 when none does."""
 
@@ -190,6 +227,7 @@ def context_that_fits(
             concurrent=concurrent,
             dtype_bytes=dtype_bytes,
             tensor_parallel_size=tensor_parallel_size,
+            guessed_tokens=guessed_tokens,
         )
 
     # Bytes never shrink with tokens, so the border is found by bisection rather than by one formula per kind of layer.

@@ -72,6 +72,7 @@ def plan_engine(given: Given) -> EnginePlan:
     spread = parallelism.choose_tensor_parallel_size(given)
     size = parallelism.size_of(spread)
     share = context.choose_utilization(given)
+    speculative = speculation.choose_speculation(given)
 
     def budget_for(method: str | None) -> Budget:
         return budget_of(
@@ -80,6 +81,7 @@ def plan_engine(given: Given) -> EnginePlan:
             dtype=dtype.value,
             tensor_parallel_size=size,
             utilization=context.utilization_of(given, share),
+            guessed_tokens=speculation.tokens_of(speculative),
         )
 
     quantized = quantization.choose_quantization(given, budget_for)
@@ -101,7 +103,7 @@ def plan_engine(given: Given) -> EnginePlan:
         concurrency,
         accelerator.choose_graphs(given, size),
         accelerator.choose_all_reduce(given, size),
-        speculation.choose_speculation(given),
+        speculative,
         moe.choose_moe_configs(given),
         kv_cache.choose_prefix_caching(given),
         kv_cache.choose_kv_offload(given),

@@ -82,6 +82,11 @@ def choose_speculation(given: Given) -> Decision:
     )
 
 
+def tokens_of(decision: Decision) -> int:
+    """Tokens that are guessed per step under a decision of `choose_speculation`; 0 where VLLM_ARGS say how many."""
+    return sum(int(json.loads(config)["num_speculative_tokens"]) for _, config in decision.arguments)
+
+
 def _choice(given: Given) -> _Choice:
     settings = given.settings
     if not settings.speculative_enabled:
