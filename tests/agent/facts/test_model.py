@@ -134,7 +134,10 @@ def test_an_embedding_model_is_seen_by_its_files_or_its_architecture() -> None:
     ("name", "facts"),
     [
         ("mammoth-7b-awq", QuantizationFacts(method="awq", bits=4, group_size=128, weight_format="int")),
-        ("asclepius-13b-gptq", QuantizationFacts(method="gptq", bits=4, group_size=128, weight_format="int")),
+        (
+            "asclepius-13b-gptq",
+            QuantizationFacts(method="gptq", bits=4, group_size=128, weight_format="int", grouped_by_activation=True),
+        ),
         ("llama-3.1-70b-fp8", QuantizationFacts(method="modelopt", bits=8, weight_format="float", kv_cache_bits=8)),
         ("llama-3.1-8b", None),
     ],
@@ -172,7 +175,7 @@ ACTIVATIONS_ONLY = {"weights": None, "input_activations": {"num_bits": 8}}
             QuantizationFacts(method="modelopt_fp4", bits=4, group_size=16, weight_format="float"),
         ),
         (
-            {"quant_method": "GPTQ", "bits": 8, "group_size": -1},
+            {"quant_method": "GPTQ", "bits": 8, "group_size": -1, "desc_act": True},
             QuantizationFacts(method="gptq", bits=8, weight_format="int"),
         ),
         ({"quant_method": "hqq"}, QuantizationFacts(method="hqq")),

@@ -31,6 +31,20 @@ def test_the_checkpoint_wins_over_the_endpoint_and_says_so() -> None:
     assert chosen("rtx-3090", "mammoth-7b-awq", endpoint="awq").warning == ""
 
 
+def test_a_checkpoint_that_this_vllm_refuses_is_a_problem_and_no_start() -> None:
+    refused = planned("rtx-3090", "asclepius-13b-gptq")
+    (problem,) = refused.problems
+    assert "grouped by activation (desc_act in config.json" in problem
+    assert planned("rtx-3090", "asclepius-13b-gptq", VLLM_QUANTIZATION="gptq_marlin").problems == (problem,)
+    gptq = model("asclepius-13b-gptq")
+    assert gptq.quantization is not None
+    in_order = replace(gptq, quantization=replace(gptq.quantization, grouped_by_activation=False))
+    assert planned("rtx-3090", in_order).problems == ()
+    for version in ("0.31.0", None):
+        earlier = replace(vllm(), version=version)
+        assert planned("rtx-3090", "asclepius-13b-gptq", engine=earlier).problems == ()
+
+
 def test_a_checkpoint_in_another_format_gets_no_flag() -> None:
     found = chosen("h200", "qwen3-30b-a3b-fp8")
     assert (found.value, words(found)) == ("fp8", "")

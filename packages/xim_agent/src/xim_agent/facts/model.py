@@ -111,6 +111,8 @@ class QuantizationFacts:
     """`int`, `float` (fp8 and smaller), `nf4`, `fp4`; `None` where it does not say."""
     kv_cache_bits: int | None = None
     """Where the checkpoint brings scales for a quantised KV cache."""
+    grouped_by_activation: bool = False
+    """GPTQ's `desc_act` with groups: weights are grouped in the order of their activations, not in their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

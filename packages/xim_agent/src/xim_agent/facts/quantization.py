@@ -44,11 +44,13 @@ def _described(config: Config, method: str) -> QuantizationFacts:
         kind = (config.text("bnb_4bit_quant_type") or "fp4") if four else "int"
         bits = 4 if four else 8 if config.flag("load_in_8bit") else None
         return QuantizationFacts(method=method, bits=bits, weight_format=kind)
+    group_size = _group(config, "group_size", "q_group_size")
     return QuantizationFacts(
         method=method,
         bits=config.integer("bits", "w_bit"),
-        group_size=_group(config, "group_size", "q_group_size"),
+        group_size=group_size,
         weight_format="int" if method in {"awq", "gptq"} else None,
+        grouped_by_activation=method == "gptq" and group_size is not None and config.flag("desc_act"),
     )
 
 

@@ -15,6 +15,9 @@ FP8_ARCHITECTURES = ("gfx94", "gfx95")
 """AMD targets with fp8 arithmetic: MI300 and MI350."""
 FP8_RENAMED = (0, 32)
 """Since then `fp8` is for checkpoints, and on others a deprecated name of `fp8_per_tensor` (`get_quant_config`)."""
+ACTIVATION_ORDER_LEFT = (0, 32)
+"""This version refuses GPTQ checkpoints that are grouped by activation (`normalize_and_validate_gptq_desc_act`; vLLM's
+pull request 54809). What an earlier one says is not known here."""
 PREQUANTIZED = {"awq": "awq", "gptq": "gptq"}
 """Checkpoints whose flag is passed. vLLM finds its fastest kernels for both by itself (AutoAWQ, AutoGPTQ); all other
 formats are read from config.json, and a flag that names another one would stop it."""
@@ -40,7 +43,7 @@ def choose_quantization(given: Given, budget_for: BudgetFor) -> Decision:
             reason="config.json says so" if flag else "vLLM reads it from config.json",
             arguments=((FLAG, flag),) if flag else (),
             warning=ignored if endpoint not in (None, checkpoint.method) else "",
-            problem=_missing(given, checkpoint.method),
+            problem=_missing(given, checkpoint.method) or _refused(given),
         )
     if endpoint is not None:
         return _chosen(given, endpoint, Source.ENDPOINT, "set for the endpoint", passed=True)
@@ -62,7 +65,7 @@ def _chosen(given: Given, value: str, source: Source, reason: str, *, passed: bo
         source=source,
         reason=reason,
         arguments=((FLAG, method),) if passed else (),
-        problem=_missing(given, method),
+        problem=_missing(given, method) or _refused(given),
         warning=_mismatch(given, method),
     )
 
@@ -126,6 +129,17 @@ def _missing(given: Given, method: str) -> str:
             "into vLLM's environment, or use another quantization."
         )
     return "vLLM's environment has no bitsandbytes. Install it there, or use another quantization."
+
+
+def _refused(given: Given) -> str:
+    """Why vLLM cannot load the checkpoint, whatever its method is called."""
+    checkpoint, release = given.model.quantization, given.engine.release
+    if checkpoint is None or not checkpoint.grouped_by_activation or (release or (0, 0)) < ACTIVATION_ORDER_LEFT:
+        return ""
+    return (
+        f"vLLM {given.engine.version} loads no GPTQ checkpoint that is grouped by activation (desc_act in config.json, "
+        "with a group size). Use one made without desc_act, or one in AWQ."
+    )
 
 
 def _mismatch(given: Given, method: str) -> str:
