@@ -26,6 +26,7 @@ from xim_router.dispatch.roster import Standing
 from xim_router.http.front import Front
 from xim_router.http.inference import Inference, InferenceLimits
 from xim_router.http.operations import MetricsApp, Readiness
+from xim_router.http.protocol import HttpProtocol
 from xim_router.http.response import ResponseBuffers
 from xim_router.link.broker import Broker
 from xim_router.link.gatekeeper import Gatekeeper
@@ -237,7 +238,7 @@ def _config(app: ASGIApp) -> uvicorn.Config:
 def _http_config(settings: RouterSettings, front: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         front,
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         loop="none",
         lifespan="off",

@@ -63,8 +63,10 @@ _INFERENCE: dict[str, ErrorRule] = {
     "route_not_found": _rule(404, "There is no such route."),
     "method_not_allowed": _rule(405, "The route does not take this method."),
     "body_too_large": _rule(413, "The request body is larger than this router takes."),
+    "url_too_long": _rule(414, "The URL is longer than this router takes."),
     "unsupported_media_type": _rule(415, "The request body must be application/json."),
     "validation_error": _rule(422, "A field of the request breaks its rule."),
+    "headers_too_large": _rule(431, "The request's headers are larger than this router takes."),
     "client_closed_request": _rule(499, "The client left before the answer."),
     # Every refusal for want of capacity is safe to repeat after a moment; how long the caller may know better.
     "no_agent_available": _rule(503, "No agent serves this model now.", 5),

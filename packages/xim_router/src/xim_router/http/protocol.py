@@ -1,0 +1,107 @@
+"""uvicorn's HTTP protocol, with bounds for a request's head and the envelope for what is no request.
+
+uvicorn itself takes a head of any length, and tells a client whose bytes it cannot parse so in plain text. What a
+client sends after it was told is thrown away for a moment: closing at once would reset the connection, and the
+reset could overtake the answer.
+"""
+
+import logging
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer, client_request_id, new_request_id
+
+log = logging.getLogger(__name__)
+
+MAX_URL_BYTES = 16 * 1024
+"""Twice what RFC 9110, section 4.1, wants taken at least; no route of this router needs a tenth."""
+MAX_HEAD_BYTES = 64 * 1024
+"""URL and headers together, as much as other servers take at most."""
+_BETWEEN_BYTES = len(b": \r\n")
+LINGER_S = 2.0
+"""How long a client may go on sending after it was told that its request is none."""
+
+
+class _HeadTooLarge(Exception):
+    """Ends the parser's work on a head; the code says what of it is too large."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One client's connection."""
+
+    _heading = False
+    """A head has begun and is not whole."""
+    _began = False
+    """A head began in the bytes that are parsed now."""
+    _head_bytes = 0
+    """Of an unfinished head, without the piece that it began in."""
+    _told = False
+    """The connection is past saving: what still comes is dropped."""
+    _code = "invalid_request"
+    """The error that the client is told."""
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the client."""
+        if self._told:
+            return
+        heading, self._began = self._heading, False
+        super().data_received(data)
+        if self._heading and not self._told:
+            # A piece may hold the end of a body too, so of the one in which the head began nothing is counted.
+            self._head_bytes = self._head_bytes + len(data) if heading and not self._began else 0
+            self._check(self._head_bytes)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._heading = self._began = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._heading = False
+        headers_bytes = sum(len(name) + len(value) + _BETWEEN_BYTES for name, value in self.headers)
+        too_large = self._too_large(len(self.url) + headers_bytes)
+        if too_large is not None:
+            self._code = too_large
+            raise _HeadTooLarge(too_large)
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Tell the client, unless its bytes come behind a request whose answer is still to come: that one is last."""
+        self._told = True
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not cycle.more_body:
+                cycle.keep_alive = False
+                return
+            # The body of this very request cannot be read to its end: nobody else may answer it.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.close()
+                return
+        self._tell()
+
+    def _check(self, head_bytes: int) -> None:
+        too_large = self._too_large(head_bytes)
+        if too_large is not None:
+            self._code = too_large
+            self.send_400_response("")
+
+    def _too_large(self, head_bytes: int) -> str | None:
+        if len(self.url) > MAX_URL_BYTES:
+            return "url_too_long"
+        return "headers_too_large" if head_bytes > MAX_HEAD_BYTES else None
+
+    def _tell(self) -> None:
+        """Answer, and close when the client has done so or in a moment."""
+        sent = next((value for name, value in self.headers or () if name == REQUEST_ID_HEADER), None)
+        own, client = new_request_id(), client_request_id(sent)
+        log.info("request refused", extra={"request": own, "client_request": client, "code": self._code})
+        made = answer(ApiError(self._code), client or own)
+        headers = [*made.headers, (b"connection", b"close")]
+        head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(STATUS_LINE[made.status] + head + b"\r\n" + made.body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
