@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import httptools
 
@@ -141,8 +142,8 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is connected."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]  # uvloop's transports are no subclass of asyncio's
+        # What `create_unix_connection` gives reads and writes; of uvloop's transports asyncio's classes say nothing.
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the answer."""
