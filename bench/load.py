@@ -84,7 +84,7 @@ async def _streams(scenario: Scenario, subject: Subject, window_s: float, repeat
         ]
         await asyncio.sleep(_SETTLE_S)
         if not whole:
-            await _until_begun(answers)
+            await until_begun(answers)
         window = _Window(subject, tally)
         await asyncio.sleep(window_s)
         window.close()
@@ -102,7 +102,7 @@ async def _streams(scenario: Scenario, subject: Subject, window_s: float, repeat
         cpu_s=window.cpu_s,
         client_share=window.client_share,
         gaps=latency([gap for answer in answers for gap in answer.gaps_s(window.start, window.end)]),
-        faults=_faults(answers, stream=True, whole=whole),
+        faults=faults_of(answers, stream=True, whole=whole),
     )
 
 
@@ -127,7 +127,7 @@ async def _requests(scenario: Scenario, subject: Subject, window_s: float, repea
         cpu_s=window.cpu_s,
         client_share=window.client_share,
         ttft=latency([answer.ttft_s for answer in answers if answer.ttft_s is not None]),
-        faults=_faults(answers, stream=scenario.stream),
+        faults=faults_of(answers, stream=scenario.stream),
     )
 
 
@@ -169,7 +169,7 @@ async def _paced(scenario: Scenario, subject: Subject, window_s: float, repeat: 
         client_share=window.client_share,
         ttft=latency([answer.ttft_s for answer in fresh if answer.ttft_s is not None]),
         gaps=latency([gap for answer in answers for gap in answer.gaps_s(window.start, window.end)]),
-        faults=_faults(answers, stream=True),
+        faults=faults_of(answers, stream=True),
     )
 
 
@@ -239,7 +239,7 @@ def _cpu(subject: Subject) -> dict[str, float]:
     return {name: cpu_s(part) for name, part in subject.parts.items()}
 
 
-async def _until_begun(answers: list[Answer]) -> None:
+async def until_begun(answers: list[Answer]) -> None:
     """Every answer has begun. Raises: TimeoutError."""
     async with asyncio.timeout(_SLACK_S):
         for answer in answers:
@@ -252,6 +252,6 @@ async def _until_done(answers: list[Answer], timeout_s: float) -> None:
     await asyncio.wait([answer.done for answer in answers], timeout=timeout_s)
 
 
-def _faults(answers: list[Answer], *, stream: bool, whole: bool = True) -> list[str]:
+def faults_of(answers: list[Answer], *, stream: bool, whole: bool = True) -> list[str]:
     faults = (answer.fault(stream=stream, whole=whole) for answer in answers)
     return [fault for fault in faults if fault is not None]

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -143,8 +144,17 @@ async def peer_router(peer: Peer, version: str, engine: Subject, work: Path) -> 
     command = peer.command(peer.environment / "bin", port, engine.target.port, work)
     key = "sk-" + secrets.token_hex(32) if peer.key_variable else None
     env = {**peer.env, peer.key_variable: key} if peer.key_variable and key else peer.env
+    begun = time.monotonic()
     async with running(command, log=log, env=env) as process:
-        await wait_until_ready(process, port, peer.health, log=log, timeout_s=_READY_S)
+        ready = await wait_until_ready(process, port, peer.health, log=log, timeout_s=_READY_S)
         target = replace(engine.target, port=port, api_key=key)
         parts = {"router": Part(pid=process.pid)}
-        yield Subject(name=peer.name, version=version, target=target, parts=parts, logs=(log,), slow=peer.slow)
+        yield Subject(
+            name=peer.name,
+            version=version,
+            target=target,
+            parts=parts,
+            logs=(log,),
+            slow=peer.slow,
+            start_s=ready - begun,
+        )

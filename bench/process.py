@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 _STOP_GRACE_S = 10.0
-_POLL_S = 0.05
+_POLL_S = 0.01
 _LOG_TAIL_BYTES = 2000
 
 
@@ -50,14 +50,23 @@ class Part:
     with_children: bool = True
 
 
+def _processes(part: Part) -> list[psutil.Process]:
+    process = psutil.Process(part.pid)
+    return [process, *(process.children(recursive=True) if part.with_children else [])]
+
+
+def resident_bytes(part: Part) -> int:
+    """Memory of the part: of a page that several processes share, each has its share (PSS)."""
+    return sum(int(process.memory_full_info().pss) for process in _processes(part))
+
+
 def cpu_s(part: Part) -> float:
     """CPU time of all threads of the part so far, user and system, in seconds.
 
     Read from the kernel's per-process clock, which counts nanoseconds; /proc/PID/stat counts ticks of 10 ms,
     which is as much as one stream costs in a second.
     """
-    children = psutil.Process(part.pid).children(recursive=True) if part.with_children else []
-    return _cpu_of(part.pid) + sum(_cpu_of(child.pid) for child in children)
+    return sum(_cpu_of(process.pid) for process in _processes(part))
 
 
 def _cpu_of(pid: int) -> float:
@@ -100,8 +109,8 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
     await child.wait()
 
 
-async def wait_until_ready(process: psutil.Process, port: int, path: str, *, log: Path, timeout_s: float) -> None:
-    """Return when GET `path` on 127.0.0.1:`port` is answered with 200.
+async def wait_until_ready(process: psutil.Process, port: int, path: str, *, log: Path, timeout_s: float) -> float:
+    """Wait until GET `path` on 127.0.0.1:`port` is answered with 200; returns when that was, by the monotonic clock.
 
     Raises: StartFailed if the process ends first, or the time is over.
     """
@@ -110,7 +119,7 @@ async def wait_until_ready(process: psutil.Process, port: int, path: str, *, log
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             raise StartFailed(f"{log.stem} ended while starting:\n{tail_of(log)}")
         if await _status_of(port, path) == 200:
-            return
+            return time.monotonic()
         await asyncio.sleep(_POLL_S)
     raise StartFailed(f"{log.stem} is not ready after {timeout_s:.0f} s:\n{tail_of(log)}")
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 
+from bench.footprint import Footprint
 from bench.scenario import Kind, Measurement, Scenario
-from bench.subject import ROOT, Subject
+from bench.subject import ROOT
 
 OURS, BASELINE, ALONE = "xim", "vllm-router", "engine alone"
 _PACKAGES = ("uvicorn", "uvloop", "pyzmq", "msgpack", "httptools", "aiohttp")
@@ -28,9 +29,11 @@ class Results:
     """One run of the bench."""
 
     facts: dict[str, Any]
+    versions: dict[str, str]
     subjects: list[str]
     scenarios: list[Scenario]
     measurements: list[Measurement]
+    footprints: list[Footprint]
     idle: dict[str, dict[str, float]]
     skipped: dict[str, str]
     """From a subject that did not start to the reason."""
@@ -65,13 +68,24 @@ class Results:
         pairs = ((value(m), alone.get(m.repeat)) for m in self.of(scenario, subject))
         return [through - direct for through, direct in pairs if through is not None and direct is not None]
 
+    def footprint(self, subject: str, value: Callable[[Footprint], float | None]) -> list[float]:
+        """That value of every start of the subject that has it."""
+        starts = (found for found in self.footprints if found.subject == subject)
+        return [number for found in starts if (number := value(found)) is not None]
+
+    def faults(self) -> list[tuple[str, str]]:
+        """Subject and first fault of everything that went wrong."""
+        measured = [(m.subject, m.faults) for m in self.measurements]
+        measured += [(found.subject, found.faults) for found in self.footprints]
+        return [(subject, faults[0]) for subject, faults in measured if faults]
+
     def median(self, values: Sequence[float]) -> float | None:
         """Their median, or None if it is not one of all repeats: it would pass for that in a comparison."""
         return statistics.median(values) if len(values) == self.repeats else None
 
 
-def facts(subjects: Sequence[Subject], configuration: dict[str, Any]) -> dict[str, Any]:
-    """Machine, versions, commit and configuration of this run."""
+def facts(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Machine, commit and configuration of a run that begins now."""
     git = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
@@ -84,7 +98,6 @@ def facts(subjects: Sequence[Subject], configuration: dict[str, Any]) -> dict[st
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "load_before": [round(load, 1) for load in os.getloadavg()],
         "python": platform.python_version(),
-        "subjects": {subject.name: subject.version for subject in subjects},
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "configuration": configuration,
     }
@@ -105,8 +118,10 @@ def as_json(results: Results) -> str:
     """Every single measurement."""
     data = {
         "facts": results.facts,
+        "versions": results.versions,
         "idle_cpu_s_per_s": results.idle,
         "skipped": results.skipped,
+        "footprints": [asdict(found) for found in results.footprints],
         "measurements": [asdict(m) for m in results.measurements],
     }
     return json.dumps(data, separators=(",", ":")) + "\n"

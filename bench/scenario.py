@@ -17,11 +17,23 @@ SPREAD_SHARES = {"lockstep": 0.0, "spread": 0.7}
 """Share of a step over which the engine writes the chunks of all streams one after the other."""
 STREAM_COUNTS = (1, 64, 128, 256)
 REQUEST_CHUNKS = 64
-PACED = {1: (8, 10.0), 64: (64, 10.0), 256: (64, 10.0), 1024: (64, 40.0)}
-"""From the number of clients to the chunks of each stream and the milliseconds between two of them.
+PACED = (
+    (1, "spread", 10.0),
+    (64, "spread", 10.0),
+    (64, "lockstep", 10.0),
+    (256, "spread", 10.0),
+    (1024, "spread", 40.0),
+)
+"""Clients, mode, and milliseconds between two chunks of a stream.
 
-One client asks for short streams, so that it asks often enough. 1,024 streams are as many chunks per second as 256 are,
-at the pace of an engine that is that full."""
+1,024 streams bring as many chunks per second as 256 do, at the pace of an engine that is that full. With chunks spread
+over the step the fake engine reads a new request only when the step is over, up to 7 ms later: the time to first token
+at 64 clients is taken in lockstep too, where the engine is in the way for half a millisecond."""
+_LONE_CHUNKS = 8
+"""One client asks for short streams, so that it asks often enough."""
+
+
+PERCENTILES = ("p50", "p99")
 
 
 class Kind(StrEnum):
@@ -61,6 +73,10 @@ class Latency:
     p99_s: float
     max_s: float
 
+    def ms(self, percentile: str) -> float:
+        """`p50` or `p99`, in milliseconds."""
+        return 1000 * {"p50": self.p50_s, "p99": self.p99_s}[percentile]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
@@ -79,6 +95,19 @@ class Measurement:
     gaps: Latency | None = None
     """Time between two reads of one stream."""
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float | None:
+        """Relayed events or answered requests per second."""
+        return self.units / self.window_s if self.units else None
+
+    def ttft_ms(self, percentile: str) -> float | None:
+        """`p50` or `p99` of the time to first token, in milliseconds."""
+        return None if self.ttft is None else self.ttft.ms(percentile)
+
+    def gap_ms(self, percentile: str) -> float | None:
+        """`p50` or `p99` of the time between two reads of a stream, in milliseconds."""
+        return None if self.gaps is None else self.gaps.ms(percentile)
 
     def cpu_us_per_unit(self, part: str) -> float | None:
         """Microseconds of CPU that this part of the subject spent per relayed event or answered request."""
@@ -115,15 +144,15 @@ def _request_scenarios() -> list[Scenario]:
 def _paced_scenarios() -> list[Scenario]:
     return [
         Scenario(
-            name=f"{clients} paced, a chunk per {interval_ms:.0f} ms",
+            name=f"{clients} paced at {interval_ms:.0f} ms, {mode}",
             kind=Kind.PACED,
             clients=clients,
-            mode="spread",
-            chunks=chunks,
+            mode=mode,
+            chunks=REQUEST_CHUNKS if clients > 1 else _LONE_CHUNKS,
             interval_ms=interval_ms,
             slow_too=clients == 1,
         )
-        for clients, (chunks, interval_ms) in PACED.items()
+        for clients, mode, interval_ms in PACED
     ]
 
 

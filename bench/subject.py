@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from bench.process import Part, free_port, running, wait_until_ready
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_VLLM = ROOT / "tests" / "support" / "bin" / "fake-vllm"
 MODEL = "fake"
-MAX_STREAMS = 1024
+MAX_STREAMS = 4096
 _READY_S = 60.0
 
 
@@ -31,6 +32,8 @@ class Subject:
     logs: tuple[Path, ...] = ()
     slow: bool = False
     """It relays fewer chunks per second than most loads here bring, and is asked for few of them."""
+    start_s: float = 0.0
+    """From the start of the router's process to its first good answer to a health check."""
 
 
 @asynccontextmanager
@@ -39,9 +42,15 @@ async def engine_alone(work: Path) -> AsyncIterator[Subject]:
     port, log = free_port(), work / "engine.log"
     command = [str(FAKE_VLLM), "serve", "model", "--served-model-name", MODEL, "--port", str(port)]
     env = {"FAKE_VLLM_PYTHON": os.environ.get("FAKE_VLLM_PYTHON", sys.executable)}
+    begun = time.monotonic()
     async with running([*command, "--max-num-seqs", str(MAX_STREAMS)], log=log, env=env) as process:
-        await wait_until_ready(process, port, "/health", log=log, timeout_s=_READY_S)
+        ready = await wait_until_ready(process, port, "/health", log=log, timeout_s=_READY_S)
         target = Target(host="127.0.0.1", port=port, model=MODEL)
         yield Subject(
-            name="engine alone", version="-", target=target, parts={"engine": Part(pid=process.pid)}, logs=(log,)
+            name="engine alone",
+            version="-",
+            target=target,
+            parts={"engine": Part(pid=process.pid)},
+            logs=(log,),
+            start_s=ready - begun,
         )

@@ -5,21 +5,18 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import product
+from operator import methodcaller
 
+from bench import aims
 from bench.record import ALONE, BASELINE, OURS, Results
-from bench.scenario import Kind, Latency, Measurement, Scenario
-
-_PERCENTILES: dict[str, Callable[[Latency], float]] = {
-    "p50": lambda found: found.p50_s,
-    "p99": lambda found: found.p99_s,
-}
+from bench.scenario import PERCENTILES, Kind, Measurement, Scenario
 
 
 def markdown(results: Results) -> str:
     """All tables of the run."""
     streams, requests, paced = (results.of_kind(kind) for kind in Kind)
-    blocks = [_header(results.facts)]
+    blocks = [_header(results)]
     if streams:
         blocks += ["## CPU of the router per relayed chunk, in us", _cpu_table(results, streams)]
         blocks += ["## Chunks delivered in the window, % of those due", _delivered_table(results, streams)]
@@ -28,9 +25,9 @@ def markdown(results: Results) -> str:
             "## Added time to first token, in ms",
             "Through the router less the engine alone in the same repeat; paced clients, each with a fresh request as "
             "soon as its last stream has ended (and a pause of up to one step).",
-            _added_table(results, paced, lambda m: m.ttft, "requests"),
+            _added_table(results, "ttft_ms", "requests"),
             "## Added time between two reads of a stream, in ms",
-            _added_table(results, paced, lambda m: m.gaps, "times"),
+            _added_table(results, "gap_ms", "times"),
         ]
     if requests:
         blocks += ["## CPU of the router per request, in us", _cpu_table(results, requests)]
@@ -41,20 +38,36 @@ def markdown(results: Results) -> str:
             "back takes in a crowd.",
             _closed_loop_table(results, timed),
         ]
-    blocks += ["## CPU while idle, ms per s", _idle_table(results)]
-    blocks += ["## CPU of the client itself, % of one core, the most of all repeats", _client_table(results)]
+    if answered := [scenario for scenario in requests if not scenario.stream]:
+        blocks += ["## Answered requests per second, closed loop", _rate_table(results, answered)]
+    if results.footprints:
+        blocks += [
+            "## Start-up and memory of the router, a fresh process each time",
+            "Start-up: from the start of the process to its first good answer to a health check. Memory: PSS with "
+            "streams less without, by their number. Idle: begun, one chunk, then a silent engine; active: a chunk per "
+            "100 ms.",
+            _footprint_table(results),
+        ]
+    if results.idle:
+        blocks += ["## CPU while idle, ms per s", _idle_table(results)]
+    if results.scenarios:
+        blocks += ["## CPU of the client itself, % of one core, the most of all repeats", _client_table(results)]
+    blocks += ["## What the project aims at, and what this run has of it", _aims_table(results)]
     blocks += _left_out(results)
     blocks += [f"Fault: {line}" for line in _faults(results)] or ["Every byte of every answer was the expected one."]
     return "\n\n".join(blocks) + "\n"
 
 
-def _header(facts: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in {**facts["subjects"], **facts["packages"]}.items())
+def _header(results: Results) -> str:
+    facts = results.facts
+    known = {name: v for name, v in {**results.versions, **facts["packages"]}.items() if v != "-"}
+    versions = ", ".join(f"{name} {version}" for name, version in known.items())
     return (
         f"# Bench of {facts['date']}, commit {facts['commit']}\n\n"
         f"{facts['cores']} x {facts['cpu']}, {facts['memory_gib']} GiB, {facts['system']}, "
-        f"Python {facts['python']}; {versions}.\n\n"
-        f"Configuration: {json.dumps(facts['configuration'])}. Numbers are medians (least - most) of the repeats."
+        f"Python {facts['python']}, load average {facts['load_before'][0]} before; {versions}.\n\n"
+        f"Configuration: {json.dumps(facts['configuration'])}. Numbers are medians (least - most) of the repeats. "
+        f"The whole run took {facts['took_s'] / 60:.0f} minutes."
     )
 
 
@@ -108,35 +121,58 @@ def _delivered_table(results: Results, scenarios: list[Scenario]) -> str:
     return table(["", *results.subjects], rows)
 
 
-def _added_table(
-    results: Results, scenarios: list[Scenario], of: Callable[[Measurement], Latency | None], counted: str
-) -> str:
+def _added_table(results: Results, method: str, counted: str) -> str:
     rows = []
-    for scenario in scenarios:
-        counts = [found.count for m in results.of(scenario.name, ALONE) if (found := of(m)) is not None]
-        for name in _PERCENTILES:
-            value = partial(_of_latency, of, name)
-            alone = spread(results.series(scenario.name, ALONE, value), results.repeats, 2)
-            added = (results.added(scenario.name, router, value) for router in results.routers)
-            cells = [spread(values, results.repeats, 2) for values in added]
-            rows.append([f"{scenario.name}, {name}", *cells, alone, str(min(counts, default=0))])
+    for scenario, name in product(results.of_kind(Kind.PACED), PERCENTILES):
+        of = methodcaller(method, name)
+        added = (results.added(scenario.name, router, of) for router in results.routers)
+        cells = [spread(values, results.repeats, 2) for values in added]
+        alone = spread(results.series(scenario.name, ALONE, of), results.repeats, 2)
+        latencies = (m.ttft if counted == "requests" else m.gaps for m in results.of(scenario.name, ALONE))
+        least = min((found.count for found in latencies if found is not None), default=0)
+        rows.append([f"{scenario.name}, {name}", *cells, alone, str(least)])
     return table(["added by", *results.routers, "the engine alone has", f"{counted} in each repeat"], rows)
 
 
 def _closed_loop_table(results: Results, scenarios: list[Scenario]) -> str:
     rows = []
-    for scenario in scenarios:
-        for name in _PERCENTILES:
-            value = partial(_of_latency, lambda m: m.ttft, name)
-            series = (results.series(scenario.name, subject, value) for subject in results.subjects)
-            rows.append([f"{scenario.name}, {name}", *(spread(values, results.repeats) for values in series)])
+    for scenario, name in product(scenarios, PERCENTILES):
+        of = partial(Measurement.ttft_ms, percentile=name)
+        series = (results.series(scenario.name, subject, of) for subject in results.subjects)
+        rows.append([f"{scenario.name}, {name}", *(spread(values, results.repeats) for values in series)])
     return table(["", *results.subjects], rows)
 
 
-def _of_latency(of: Callable[[Measurement], Latency | None], name: str, measurement: Measurement) -> float | None:
-    """That percentile in ms."""
-    found = of(measurement)
-    return None if found is None else 1000 * _PERCENTILES[name](found)
+def _rate_table(results: Results, scenarios: list[Scenario]) -> str:
+    rows = []
+    for scenario in scenarios:
+        rates = (results.series(scenario.name, subject, lambda m: m.rate) for subject in results.subjects)
+        rows.append([scenario.name, *(spread(values, results.repeats, 0) for values in rates)])
+    return table(["", *results.subjects], rows)
+
+
+def _footprint_table(results: Results) -> str:
+    parts = {found.subject: list(found.empty) for found in results.footprints if found.empty}
+    rows = [_footprint_row(results, subject, part) for subject, names in parts.items() for part in names]
+    head = ["", "start-up, s", "no stream, MiB", "per idle stream, KiB", "per active stream, KiB", "streams of each"]
+    return table(head, rows)
+
+
+def _footprint_row(results: Results, subject: str, part: str) -> list[str]:
+    taken = [found for found in results.footprints if found.subject == subject and part in found.empty]
+    series = [
+        ([found.start_s for found in taken if found.start_s is not None and part == "router"], 2),
+        ([found.empty[part] / 2**20 for found in taken], 0),
+        ([found.per_idle_stream[part] / 1024 for found in taken], 1),
+        ([found.per_active_stream[part] / 1024 for found in taken], 1),
+    ]
+    cells = [spread(values, results.repeats, digits) for values, digits in series]
+    return [f"{subject}, {part}", *cells, str(taken[0].streams)]
+
+
+def _aims_table(results: Results) -> str:
+    rows = [[found.what, found.limit, found.measured, found.verdict] for found in aims.judge(results)]
+    return table(["", "limit", "measured", ""], rows)
 
 
 def _idle_table(results: Results) -> str:
@@ -171,5 +207,6 @@ def _left_out(results: Results) -> list[str]:
 
 def _faults(results: Results) -> list[str]:
     """One line per subject and kind of fault, with how often it was seen."""
-    seen = Counter((m.subject, m.faults[0]) for m in results.measurements if m.faults)
-    return [f"{subject}, in {count} measurements: {fault}" for (subject, fault), count in seen.items()]
+    return [
+        f"{subject}, in {count} measurements: {fault}" for (subject, fault), count in Counter(results.faults()).items()
+    ]

@@ -80,8 +80,9 @@ async def _topology(work: Path, env: dict[str, str], workers: int) -> AsyncItera
     router_log, agent_log = work / "xerotier-router.log", work / "xerotier-xim-agent.log"
     router_command = [str(_BINARIES / "xerotier-router"), "serve"]
     agent_command = [str(_BINARIES / "xerotier-xim-agent"), "run"]
+    begun = time.monotonic()
     async with running(router_command, log=router_log, env=env) as router:
-        await wait_until_ready(router, port, "/healthz", log=router_log, timeout_s=_READY_S)
+        start_s = await wait_until_ready(router, port, "/healthz", log=router_log, timeout_s=_READY_S) - begun
         async with running(agent_command, log=agent_log, env=_agent_environment(work, join_key)) as agent:
             try:
                 await wait_until_ready(router, port, "/readyz", log=router_log, timeout_s=_READY_S)
@@ -94,8 +95,14 @@ async def _topology(work: Path, env: dict[str, str], workers: int) -> AsyncItera
             # The engine is the agent's child: the agent's own time is read without it. Workers are the router's.
             parts = {"router": Part(pid=router.pid), "agent": Part(pid=agent.pid, with_children=False)}
             version = importlib.metadata.version("xim_router")
-            name = name_of(workers)
-            yield Subject(name=name, version=version, target=target, parts=parts, logs=(router_log, agent_log))
+            yield Subject(
+                name=name_of(workers),
+                version=version,
+                target=target,
+                parts=parts,
+                logs=(router_log, agent_log),
+                start_s=start_s,
+            )
 
 
 async def _wait_for_an_answer(target: Target) -> None:
