@@ -86,7 +86,7 @@ PAIRS = (
         machine="h200",
         model="mimo-7b-base",
         variant="speculative",
-        settings={**SPECULATIVE, "SPECULATIVE_NGRAM_FALLBACK": "1"},
+        settings={**SPECULATIVE, "SPECULATIVE_NGRAM_FALLBACK": "1", "VLLM_ARGS": "--trust-remote-code"},
     ),
     Pair(machine="mi300x-x8", model="deepseek-v3", platform="+rocm700"),
     Pair(machine="mi300x-x8", model="qwen3.5-35b-a3b", platform="+rocm700"),

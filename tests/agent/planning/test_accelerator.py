@@ -24,6 +24,13 @@ def mitigations(hardware: HardwareFacts, **values: object) -> list[str]:
     return [words(decision(plan, option)) for option in ("CUDA graphs", "custom all-reduce")]
 
 
+@pytest.mark.parametrize("option", ["CUDA graphs", "custom all-reduce"])
+def test_a_cpu_has_nothing_of_a_gpus(option: str) -> None:
+    found = decision(planned("two-core-24gb", "llama-3.2-1b-instruct"), option)
+    assert (found.value, found.source, words(found)) == ("none", Source.HARDWARE, "")
+    assert found.reason == "the engine runs on the CPU"
+
+
 @pytest.mark.parametrize(
     ("name", "count", "flags"),
     [

@@ -29,6 +29,14 @@ def test_every_variable_has_its_automatic_value() -> None:
     }
 
 
+def test_the_reasons_say_whom_the_threads_and_the_reserved_cpu_concern() -> None:
+    plan = planned("epyc-9454-96gb", MODEL)
+    assert (
+        decision(plan, "OpenMP threads").reason == "physical cores; vLLM gives a bound worker one for each of its CPUs"
+    )
+    assert decision(plan, "reserved CPUs").reason == "for the server, where VLLM_CPU_OMP_THREADS_BIND is set to auto"
+
+
 def test_the_kv_cache_gets_what_the_model_and_the_system_leave() -> None:
     # 96 GiB - 15.3 GiB of weights in bfloat16 - 9.6 GiB for the system
     environment = tuned(machine("epyc-9454-96gb"), "qwen3-8b", MAX_CONCURRENT="64")

@@ -35,6 +35,20 @@ def test_the_engine_asks_nobody_and_knows_its_ceiling() -> None:
     assert decision(planned("h200", VLLM_STARTUP_TIMEOUT_SECONDS="700"), "startup timeout").source is Source.OPERATOR
 
 
+def test_a_long_ceiling_is_the_whole_number_that_vllm_reads() -> None:
+    environment = command_of(planned("h200", VLLM_STARTUP_TIMEOUT_SECONDS="1234567")).environment
+    assert environment["VLLM_ENGINE_READY_TIMEOUT_S"] == "1234567"
+
+
+def test_a_model_type_that_needs_the_checkpoints_own_code_is_told() -> None:
+    (warning,) = planned("h200", "mimo-7b-base").warnings
+    assert "--trust-remote-code" in warning
+    trusted = planned("h200", "mimo-7b-base", VLLM_ARGS="--trust-remote-code")
+    assert trusted.warnings == ()
+    assert decision(trusted, "model code").source is Source.OPERATOR
+    assert "model code" not in {each.option for each in planned("h200").decisions}
+
+
 def test_the_agents_own_environment_wins_over_defaults_and_vllm_env_over_all() -> None:
     plan = planned(
         "h200",

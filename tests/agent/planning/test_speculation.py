@@ -81,6 +81,11 @@ def test_the_qwen3_family_gets_no_mtp_by_itself(model_name: str) -> None:
     assert config_of(chosen(model_name, **FALLBACK))["method"] == "ngram"
 
 
+def test_a_qwen3_without_mtp_layers_is_not_told_to_name_the_method() -> None:
+    assert "SPECULATIVE_METHOD names it" in chosen("qwen3.5-35b-a3b", **ON).reason
+    assert "no method of its own is known for Qwen3ForCausalLM" in chosen("qwen3-8b", **ON).reason
+
+
 def test_qwen3_next_gets_mtp_when_switch_and_method_are_set() -> None:
     found = chosen("qwen3-next-80b-a3b", SPECULATIVE_METHOD="qwen3_next_mtp", **ON)
     assert config_of(found) == {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}

@@ -100,6 +100,8 @@ def choose_graphs(given: Given, tensor_parallel_size: int) -> Decision:
     if given.settings.vllm_disable_cuda_graphs:
         reason = "set by XEROTIER_AGENT_VLLM_DISABLE_CUDA_GRAPHS"
         return Decision(option="CUDA graphs", value="off", source=Source.OPERATOR, reason=reason, arguments=eager)
+    if given.device is Device.CPU:
+        return _none_on_cpu("CUDA graphs")
     unsafe = _mitigated(given, tensor_parallel_size, EAGER_ONLY | EAGER_AND_NO_ALL_REDUCE)
     if unsafe:
         reason = f"graph capture fails on {unsafe} when {tensor_parallel_size} of them share a model"
@@ -117,6 +119,8 @@ def choose_all_reduce(given: Given, tensor_parallel_size: int) -> Decision:
     if given.settings.vllm_disable_custom_all_reduce:
         reason = "set by XEROTIER_AGENT_VLLM_DISABLE_CUSTOM_ALL_REDUCE"
         return Decision(option=name, value="off", source=Source.OPERATOR, reason=reason, arguments=off)
+    if given.device is Device.CPU:
+        return _none_on_cpu(name)
     unsafe = _mitigated(given, tensor_parallel_size, EAGER_AND_NO_ALL_REDUCE)
     if unsafe:
         reason = f"{unsafe} has trouble with copies between GPUs, which it needs"
@@ -144,6 +148,10 @@ def named(gpus: tuple[GpuFacts, ...]) -> str:
     names = dict.fromkeys(gpu.name for gpu in gpus)
     counted = ((name, sum(gpu.name == name for gpu in gpus)) for name in names)
     return ", ".join(f"{name} × {count}" if count > 1 else name for name, count in counted)
+
+
+def _none_on_cpu(option: str) -> Decision:
+    return Decision(option=option, value="none", source=Source.HARDWARE, reason="the engine runs on the CPU")
 
 
 def _mitigated(given: Given, tensor_parallel_size: int, names: frozenset[str]) -> str:

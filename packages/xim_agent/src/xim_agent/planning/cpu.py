@@ -28,7 +28,7 @@ def choose_cpu_tuning(given: Given, budget: Budget, context: Decision, concurren
     if given.hardware.system != "Darwin":  # macOS binds no threads
         ranks = _cores(given, budget.tensor_parallel_size)
         decisions += [_bind(given, ranks), *_threads(given, ranks)]
-        reason = "one is left to the server where vLLM binds"
+        reason = f"for the server, where {BIND} is set to auto"
         decisions.append(_variable("reserved CPUs", RESERVED, "1", Source.DEFAULT, reason))
     decisions.append(_variable("OpenMP waiting", "OMP_WAIT_POLICY", "PASSIVE", Source.DEFAULT, "idle threads sleep"))
     return [decision for decision in decisions if decision is not None]
@@ -82,7 +82,9 @@ def _threads(given: Given, ranks: list[list[int]]) -> list[Decision]:
     if not ranks:
         return []
     count = len(ranks[0]) if physical is None else min(physical, len(ranks[0]))
-    return [_variable("OpenMP threads", "OMP_NUM_THREADS", str(max(count, 1)), Source.HARDWARE, "physical cores")]
+    # `OMPProcessManager.configure_omp_envs` sets the number anew for its workers.
+    reason = "physical cores; vLLM gives a bound worker one for each of its CPUs"
+    return [_variable("OpenMP threads", "OMP_NUM_THREADS", str(max(count, 1)), Source.HARDWARE, reason)]
 
 
 def as_ranges(numbers: list[int]) -> str:

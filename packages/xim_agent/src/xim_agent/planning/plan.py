@@ -19,6 +19,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_T
 PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 """What runs on a node, and for whom, is nobody else's business."""
 CACHE_ROOT = "VLLM_CACHE_ROOT"
+TRUST = "--trust-remote-code"
+TYPES_WITH_CODE = frozenset({"mimo"})
+"""Model types of the families that a plan knows which transformers (5.19, with vLLM 0.32) does not."""
 READY_TIMEOUT = "VLLM_ENGINE_READY_TIMEOUT_S"
 
 
@@ -93,6 +96,7 @@ def plan_engine(given: Given) -> EnginePlan:
         accelerator.choose_device(given),
         accelerator.choose_devices(given),
         _runner(given),
+        _model_code(given),
         dtype,
         quantized,
         spread,
@@ -148,9 +152,27 @@ def _runner(given: Given) -> Decision | None:
     )
 
 
+def _model_code(given: Given) -> Decision | None:
+    """Whether the checkpoint's own code may run, where vLLM cannot read the model without; to trust it is the
+    operator's to say."""
+    kind, option = given.model.text_model_type, "model code"
+    if kind not in TYPES_WITH_CODE:
+        return None
+    reason = f"vLLM's transformers has no model type {kind}; the checkpoint brings code for it"
+    if given.words.has(TRUST):
+        return Decision(option=option, value="trusted", source=Source.OPERATOR, reason=f"{TRUST} in VLLM_ARGS")
+    return Decision(
+        option=option,
+        value="not trusted",
+        source=Source.DEFAULT,
+        reason=reason,
+        warning=f"vLLM will refuse the model: {reason}. XEROTIER_AGENT_VLLM_ARGS={TRUST} lets it run.",
+    )
+
+
 def _house(given: Given) -> list[Decision]:
     """What every engine gets, whatever the model."""
-    timeout = f"{given.settings.vllm_startup_timeout_s:g}"
+    timeout = str(given.settings.vllm_startup_timeout_seconds)
     timed = given.settings.is_set("vllm_startup_timeout_seconds")
     caches = str(given.places.caches / "vllm")
     return [

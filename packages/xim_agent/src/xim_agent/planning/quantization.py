@@ -20,7 +20,7 @@ ACTIVATION_ORDER_LEFT = (0, 32)
 pull request 54809). What an earlier one says is not known here."""
 PREQUANTIZED = {"awq": "awq", "gptq": "gptq"}
 """Checkpoints whose flag is passed. vLLM finds its fastest kernels for both by itself (AutoAWQ, AutoGPTQ); all other
-formats are read from config.json, and a flag that names another one would stop it."""
+formats are read from config.json or hf_quant_config.json, and a flag that names another one would stop it."""
 
 BudgetFor = Callable[[str | None], Budget]
 """The budget under a quantization."""
@@ -40,7 +40,7 @@ def choose_quantization(given: Given, budget_for: BudgetFor) -> Decision:
             option=OPTION,
             value=checkpoint.method,
             source=Source.MODEL,
-            reason="config.json says so" if flag else "vLLM reads it from config.json",
+            reason="config.json says so" if flag else "vLLM reads it from the checkpoint",
             arguments=((FLAG, flag),) if flag else (),
             warning=ignored if endpoint not in (None, checkpoint.method) else "",
             problem=_missing(given, checkpoint.method) or _refused(given),

@@ -44,7 +44,8 @@ QWEN3 = "qwen3"
 MTP_WITHOUT_COUNT = frozenset({"qwen3_next"})
 """Model types whose checkpoints have MTP layers that their config.json does not count."""
 LOOKUP_TOKENS = 4
-"""Longest n-gram that is looked up in the prompt, as in vLLM's documentation of the method."""
+"""Length of the n-grams that are looked up in the prompt, as in vLLM's documentation of the method: the longest, and
+with no other named the shortest as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ def _choice(given: Given) -> _Choice:
 def _detected(given: Given) -> _Choice:
     """By architecture."""
     model = given.model
-    if model.text_model_type.startswith(QWEN3):
+    if model.text_model_type.startswith(QWEN3) and _has_mtp(model):
         reason = "MTP of the Qwen3 family is used only when XEROTIER_AGENT_SPECULATIVE_METHOD names it"
         return _fallback(given, Source.MODEL, reason)
     for beginning, method in FAMILIES:
