@@ -119,6 +119,20 @@ def test_layer_types_by_name_and_four_bits_by_name() -> None:
     assert facts.quantization == QuantizationFacts(method="mxfp4", bits=4, group_size=32, weight_format="float")
 
 
+def test_an_encoder_keeps_nothing_between_tokens(tmp_path: Path) -> None:
+    assert published("bge-base-en-v1.5").layer_count == 0
+    both_ways = json.loads((TESTS / "models" / "qwen3-embedding-0.6b" / "config.json").read_text()) | {
+        "is_causal": False
+    }
+    (tmp_path / "config.json").write_text(json.dumps(both_ways))
+    assert (read_model(tmp_path).layer_count, published("qwen3-embedding-0.6b").layer_count) == (0, 28)
+
+
+def test_a_head_that_is_the_embedding_is_told() -> None:
+    tied = {name: published(name).tied_embeddings for name in ("gemma-3-27b-it", "llama-3.2-1b-instruct", "qwen3-8b")}
+    assert tied == {"gemma-3-27b-it": True, "llama-3.2-1b-instruct": True, "qwen3-8b": False}
+
+
 def test_an_unused_window_is_none() -> None:
     facts = published("mimo-7b-base")
     assert (facts.sliding_window, facts.layers, facts.mtp_layers) == (None, LayerFacts(full=36), 1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.agent.planning.givens import decision, machine, model, planned, vllm, words
+from xim_agent.planning.budget import in_flight_tokens
 from xim_agent.planning.decision import Source
 from xim_agent.planning.engine_facts import EngineFacts
 from xim_agent.planning.plan import EnginePlan
@@ -36,6 +37,67 @@ def test_a_length_that_does_not_fit_is_measured_by_vllm_or_cut() -> None:
 
 def test_without_automatic_choices_the_length_is_the_models() -> None:
     assert words(decision(planned("rtx-3090", AUTO_CONFIG="0"), LENGTH)) == ""
+
+
+def test_a_window_is_judged_with_the_tokens_that_vllm_computes_at_a_time() -> None:
+    gemma = model("gemma-3-27b-it")
+    layer = 2 * 16 * 128 * 2
+    whole = (10 * 131072 + 60 * (1024 + 2 * 2048)) * layer  # two batches are under way
+    budget = replace(planned("l40s", gemma).budget, kv_bytes=whole)
+    situation = planned("l40s", gemma).given
+    assert budget.context_fits(situation, 131072)
+    assert budget.longest(situation, 131072) == 131072
+    smaller = replace(budget, kv_bytes=whole - 1)
+    assert not smaller.context_fits(situation, 131072)
+    assert smaller.longest(situation, 131072) == 131071
+
+
+@pytest.mark.parametrize(
+    ("machine_name", "model_name", "more", "tokens"),
+    [
+        ("l40s", "gemma-3-27b-it", {}, 4096),
+        ("h200", "gemma-3-27b-it", {}, 16384),
+        ("a100-80g-x4", "gemma-3-27b-it", {}, 4096),
+        ("mi300x-x8", "gemma-3-27b-it", {}, 32768),
+        ("h200", "qwen3-embedding-0.6b", {}, 8192),
+        ("l40s", "gemma-3-27b-it", {"VLLM_ARGS": "--max-num-batched-tokens 8k"}, 16000),
+        ("epyc-9454-96gb", "gemma-3-4b-it", {}, 2048),
+        ("epyc-9454-96gb", "gemma-3-4b-it", {"VLLM_ARGS": "--max-num-batched-tokens=512"}, 512),
+    ],
+)
+def test_tokens_under_way_are_those_of_vllms_batches(
+    machine_name: str, model_name: str, more: dict[str, object], tokens: int
+) -> None:
+    assert in_flight_tokens(planned(machine_name, model_name, **more).given) == tokens
+
+
+def test_the_batch_is_no_larger_than_the_blocks_of_linear_attention() -> None:
+    option = "max num seqs"
+    small = planned("rx-7900-xtx", "qwen3.5-9b", engine=vllm("+rocm700"))
+    blocks = small.budget.state_blocks(small.given)
+    assert blocks is not None
+    assert blocks < 64
+    found = decision(small, option)
+    assert (words(found), found.source) == (f"--max-num-seqs {blocks}", Source.AUTOMATIC)
+    assert f"{blocks} fit" in found.reason
+    assert decision(planned("h200", "qwen3.5-27b"), option).source is Source.DEFAULT
+    for more in ({"MAX_NUM_SEQS": "64"}, {"AUTO_CONFIG": "0"}):
+        kept = decision(planned("rx-7900-xtx", "qwen3.5-9b", engine=vllm("+rocm700"), **more), option)
+        assert words(kept) == "--max-num-seqs 64"
+        assert f"MAX_NUM_SEQS to {blocks}" in kept.warning
+    fewer = planned("rx-7900-xtx", "qwen3.5-9b", engine=vllm("+rocm700"), MAX_NUM_SEQS=str(blocks))
+    assert decision(fewer, option).warning == ""
+    eager = planned("rx-7900-xtx", "qwen3.5-9b", engine=vllm("+rocm700"), VLLM_DISABLE_CUDA_GRAPHS="1")
+    assert words(decision(eager, option)) == "--max-num-seqs 64"
+    unknown = replace(machine("h200"), gpus=tuple(replace(gpu, memory_bytes=None) for gpu in machine("h200").gpus))
+    assert words(decision(planned(unknown, "qwen3.5-27b"), option)) == "--max-num-seqs 64"
+    assert words(decision(planned("epyc-9454-96gb", "qwen3.5-9b"), option)) == "--max-num-seqs 64"
+
+
+def test_a_model_that_keeps_nothing_is_bounded_by_the_batch_alone() -> None:
+    plan = planned("rtx-3090", "bge-base-en-v1.5")
+    assert values(plan, "memory", "max concurrent") == ["fits", "64"]
+    assert "keeps no KV cache" in decision(plan, "max concurrent").reason
 
 
 def test_the_operators_length_is_passed_and_judged() -> None:

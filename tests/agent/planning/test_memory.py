@@ -1,6 +1,7 @@
 """The memory estimate against the published figures, and its laws."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ from xim_agent.planning.memory import (
     concurrency_that_fits,
     context_that_fits,
     estimate,
+    filled,
+    group_layers,
     kv_budget_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
     quantized_weights_bytes,
     sequence_bytes,
+    state_blocks,
     state_bytes,
     stored_bits,
     weights_bytes,
@@ -120,8 +124,47 @@ def test_a_latent_vector_is_on_every_gpu() -> None:
 def test_a_window_bounds_its_layers() -> None:
     facts = published("gemma-3-27b-it")  # 10 full layers, 52 with a window of 1024
     layer = 2 * 16 * 128 * 2
-    assert sequence_bytes(facts, 1024) == 62 * 1024 * layer
-    assert sequence_bytes(facts, 8192) == (10 * 8192 + 52 * 1024) * layer
+    # 52 layers are six groups of 10, as many as have full attention; vLLM fills the last one up.
+    assert sequence_bytes(facts, 1024) == 70 * 1024 * layer
+    assert sequence_bytes(facts, 8192) == (10 * 8192 + 60 * 1024) * layer
+    assert sequence_bytes(facts, 8192, in_flight=4096) == (10 * 8192 + 60 * 5120) * layer
+    assert sequence_bytes(facts, 2048, in_flight=4096) == 70 * 2048 * layer
+
+
+@pytest.mark.parametrize(
+    ("layers", "size", "counted"),
+    [
+        (LayerFacts(full=32), 32, 32),
+        (LayerFacts(full=10, sliding=52), 10, 70),
+        (LayerFacts(full=13, sliding=12), 13, 26),
+        (LayerFacts(full=8, linear=24), 8, 32),
+        (LayerFacts(full=0), 1, 0),
+    ],
+)
+def test_layers_are_grouped_as_vllm_groups_them(layers: LayerFacts, size: int, counted: int) -> None:
+    assert group_layers(layers) == size
+    assert sum(filled(layers, count) for count in (layers.full, layers.sliding, layers.linear)) == counted
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "block"),
+    [("qwen3.5-9b", 1, 17301504), ("qwen3.5-27b", 1, 51380224), ("qwen3.5-35b-a3b", 8, 2785280)],
+)
+def test_a_block_of_linear_attention_is_as_large_as_vllm_makes_it(name: str, gpus: int, block: int) -> None:
+    # The sizes are those of vLLM 0.32's own `_pool_bytes_per_block` for these models.
+    facts = published(name)
+    blocks = [state_blocks(facts, 12 * block + more, tensor_parallel_size=gpus) for more in (-1, 0)]
+    assert blocks == [11, 12]
+
+
+def test_without_linear_attention_there_are_no_such_blocks() -> None:
+    assert state_blocks(published("llama-3.1-8b"), GIB) is None
+    unknown = published("qwen3.5-9b")
+    assert unknown.linear is not None
+    shapeless = replace(unknown, linear=replace(unknown.linear, key_heads=None))
+    assert state_blocks(shapeless, GIB) is None
+    pure = replace(unknown, layers=LayerFacts(full=0, linear=24))
+    assert state_blocks(pure, 24 * 2146304) == 1
 
 
 def test_a_linear_layers_state_does_not_grow() -> None:
@@ -260,6 +303,7 @@ def test_what_nothing_tells_is_none() -> None:
 def test_embeddings_keep_their_width() -> None:
     assert quantized_weights_bytes(facts_of(), bits=4) == 2_000 * 2 + 8_000 // 2
     assert quantized_weights_bytes(facts_of(parameters=500), bits=4) == 1_000
+    assert quantized_weights_bytes(facts_of(tied_embeddings=True), bits=4) == 1_000 * 2 + 9_000 // 2
 
 
 def test_a_groups_scale_is_shared_by_the_group() -> None:

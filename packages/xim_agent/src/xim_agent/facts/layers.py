@@ -29,12 +29,16 @@ _LETTERS = {"*": FULL, "M": LINEAR, "-": NOTHING, "E": NOTHING}
 """The letters of Nemotron-H's `hybrid_override_pattern`: attention, Mamba-2, dense and expert feed-forward."""
 _ALWAYS_SLIDING = {"mistral", "mixtral", "phi3", "starcoder2"}
 """Families where a window, if one is set, holds for every layer."""
+_ENCODERS = {"bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "gte", "new"}
+"""Families that read a text at once and keep nothing of it (`EncoderOnlyAttention` in vLLM's models of them)."""
 _PURE_SSM = {"mamba", "mamba2", "falcon_mamba"}
 
 
 def kinds(config: Config, model_type: str) -> list[str]:
     """What every layer of the text model keeps, in order."""
     count = config.required("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    if model_type in _ENCODERS or not config.flag("is_causal", default=True):
+        return [NOTHING] * count
     pattern = config.text("hybrid_override_pattern")
     if pattern is not None:
         return [_LETTERS.get(letter, FULL) for letter in pattern if letter != "|"]

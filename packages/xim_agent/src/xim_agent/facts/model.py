@@ -150,6 +150,8 @@ class ModelFacts:
     """Attention heads where the config does not say, as in multi-head attention."""
     head_dim: int
     vocab_size: int
+    tied_embeddings: bool = False
+    """Whether the output head is the input embedding."""
     parameters: int | None = None
     """From files: every weight once, also of MTP layers and a vision tower. From the config: the text model alone."""
     parameters_source: CountSource | None = None
@@ -176,7 +178,7 @@ class ModelFacts:
 
     @property
     def layer_count(self) -> int:
-        """Layers of the text model that keep something between tokens."""
+        """Layers of the text model that keep something between tokens; 0 where it reads a text at once (BERT)."""
         return self.layers.full + self.layers.sliding + self.layers.linear
 
     @property

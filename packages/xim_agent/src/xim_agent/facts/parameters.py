@@ -76,8 +76,12 @@ def expert_count(config: Config) -> int:
 
 def _embeddings(config: Config, model_type: str) -> int:
     hidden, vocabulary = config.required("hidden_size"), config.required("vocab_size")
-    tied = config.flag("tie_word_embeddings", default=model_type in _TIED_BY_DEFAULT)
-    return vocabulary * hidden * (1 if tied else 2) + hidden
+    return vocabulary * hidden * (1 if tied_embeddings(config, model_type) else 2) + hidden
+
+
+def tied_embeddings(config: Config, model_type: str) -> bool:
+    """Whether the output head is the input embedding."""
+    return config.flag("tie_word_embeddings", default=model_type in _TIED_BY_DEFAULT)
 
 
 def _norms(config: Config, model_type: str) -> int:

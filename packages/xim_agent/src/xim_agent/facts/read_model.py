@@ -6,7 +6,7 @@ from typing import Any
 from xim_agent.facts.config_file import Config, read_config
 from xim_agent.facts.layers import kinds, layer_facts, linear_facts, mla_facts
 from xim_agent.facts.model import CountSource, ModelFacts, ModelUnreadable, MoeFacts, QuantizationFacts, RopeFacts
-from xim_agent.facts.parameters import expert_count, head_dim, parameter_count
+from xim_agent.facts.parameters import expert_count, head_dim, parameter_count, tied_embeddings
 from xim_agent.facts.quantization import quantization_facts
 from xim_agent.facts.safetensors import Checkpoint, read_checkpoint
 
@@ -88,6 +88,7 @@ def read_model(path: Path) -> ModelFacts:
         kv_heads=text.integer("num_key_value_heads", "num_kv_heads", "multi_query_group_num") or heads,
         head_dim=head_dim(text),
         vocab_size=text.required("vocab_size", "padded_vocab_size"),
+        tied_embeddings=tied_embeddings(text, text_type),
         parameters=parameters,
         parameters_source=source,
         checkpoint_bytes=_checkpoint_bytes(path, checkpoint),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from xim_agent.planning import memory
 from xim_agent.planning.decision import Device, Given
 from xim_agent.planning.memory import Estimate
+from xim_agent.planning.operator_words import number_of
 
 TYPICAL_TOKENS = 2048
 """Prompt and answer of one chat turn: what a place for a request is counted with."""
@@ -14,6 +15,10 @@ SYSTEM_SHARE = 0.10
 SYSTEM_BYTES = 4 * memory.GIB
 """Memory of a CPU machine that is left to the system and the engine's own code: a tenth, at least 4 GiB. The engine's
 processes take 1.4 GiB without weights (vLLM 0.32), the rest is for activations and the file cache."""
+
+BATCH_TOKENS = 2048
+LARGE_BATCHES = ((160 * memory.GIB, 16384), (70 * memory.GIB, 8192))
+"""vLLM's default batch of a server, and those on a GPU with so much memory."""
 
 ONLINE_BITS = {
     "bitsandbytes": 4.5,
@@ -42,8 +47,10 @@ class Budget:
     """By speculative decoding in one step; each has a state of its own in linear attention layers."""
 
     def context_fits(self, given: Given, tokens: int) -> bool | None:
-        """Whether one sequence of `tokens` fits; `None` where that is not known."""
-        return None if self.kv_bytes is None else self.sequences(given, tokens) >= 1
+        """Whether one sequence of `tokens` fits, the way vLLM checks it when it starts; `None` where it is not known."""
+        if self.kv_bytes is None:
+            return None
+        return 0 < self.kv_bytes >= self.sequence_bytes(given, tokens, in_flight=in_flight_tokens(given))
 
     def sequences(self, given: Given, tokens: int) -> int:
         """How many sequences of `tokens` tokens fit; 0 where the budget is not known."""
@@ -57,7 +64,7 @@ class Budget:
         )
 
     def longest(self, given: Given, most: int) -> int:
-        """The longest context, up to `most`, that fits once."""
+        """The longest context, up to `most`, that fits once, the way vLLM measures it."""
         return memory.context_that_fits(
             given.model,
             self.kv_bytes or 0,
@@ -65,16 +72,26 @@ class Budget:
             dtype_bytes=self.kv_dtype_bytes,
             tensor_parallel_size=self.tensor_parallel_size,
             guessed_tokens=self.guessed_tokens,
+            in_flight=in_flight_tokens(given),
         )
 
-    def sequence_bytes(self, given: Given, tokens: int) -> int:
-        """Bytes on one device of one sequence of `tokens` tokens."""
+    def state_blocks(self, given: Given) -> int | None:
+        """Blocks that linear layers draw their states from; `None` where there are none, or it is not known."""
+        if self.kv_bytes is None:
+            return None
+        return memory.state_blocks(
+            given.model, self.kv_bytes, dtype_bytes=self.kv_dtype_bytes, tensor_parallel_size=self.tensor_parallel_size
+        )
+
+    def sequence_bytes(self, given: Given, tokens: int, *, in_flight: int = 0) -> int:
+        """Bytes on one device of one sequence of `tokens` tokens, `in_flight` of them being computed."""
         return memory.sequence_bytes(
             given.model,
             tokens,
             dtype_bytes=self.kv_dtype_bytes,
             tensor_parallel_size=self.tensor_parallel_size,
             guessed_tokens=self.guessed_tokens,
+            in_flight=in_flight,
         )
 
     def with_kv(self, kv_cache_bytes: int) -> Estimate | None:
@@ -112,6 +129,19 @@ def budget_of(
         tensor_parallel_size=tensor_parallel_size,
         guessed_tokens=guessed_tokens,
     )
+
+
+def in_flight_tokens(given: Given) -> int:
+    """Most tokens that are being computed at a time: two batches on a GPU, one for a model that embeds and on a CPU
+    (`VllmConfig.max_in_flight_tokens`, with the batches that `get_batch_defaults` gives a server)."""
+    said = number_of(given.words.value("--max-num-batched-tokens") or "")
+    if given.device is Device.CPU:
+        return said or BATCH_TOKENS
+    first = given.gpus[0]
+    fitting = [tokens for memory_bytes, tokens in LARGE_BATCHES if (first.memory_bytes or 0) >= memory_bytes]
+    # vLLM leaves the A100 out of this middle step.
+    batch = said or (fitting[0] if fitting and "A100" not in first.name else BATCH_TOKENS)
+    return batch if given.pooling else 2 * batch
 
 
 def shortest_context(given: Given) -> int:

@@ -6,6 +6,8 @@ from xim_agent.planning.memory import GIB
 from xim_agent.planning.operator_words import number_of
 from xim_agent.settings import MOST_CONCURRENT
 
+GRAPHS = "vLLM's own"
+"""The decision on CUDA graphs under which they are captured."""
 CPU_CONCURRENCY = 5
 """Where a CPU starts; memory bandwidth, not vLLM, is its limit."""
 MOST_PER_GPU = 64
@@ -61,17 +63,48 @@ def judge_room(given: Given, budget: Budget) -> Decision:
     return Decision(option=name, value="tight", source=Source.AUTOMATIC, reason=reason, warning=warning)
 
 
-def choose_sequences(given: Given) -> Decision:
-    """The most sequences in one batch."""
+def choose_sequences(given: Given, budget: Budget, graphs: Decision) -> Decision:
+    """The most sequences in one batch: the operator's number, else the agent's as far as vLLM starts with it."""
     flag, name = "--max-num-seqs", "max num seqs"
+    blocks = _blocks_for_graphs(given, budget, graphs)
     own = said(given, flag, "max_num_seqs")
     if own is not None:
         return Decision(
-            option=name, value=own.value, source=Source.OPERATOR, reason=own.reason, arguments=own.arguments
+            option=name,
+            value=own.value,
+            source=Source.OPERATOR,
+            reason=own.reason,
+            arguments=own.arguments,
+            warning=_too_many(number_of(own.value), blocks),
         )
-    value = str(given.settings.max_num_seqs)
+    most = given.settings.max_num_seqs
+    if blocks is not None and blocks < most and given.settings.auto_config:
+        value = str(max(blocks, 1))
+        reason = f"CUDA graphs are captured only where each has a block for its linear attention, and {blocks} fit"
+        return Decision(option=name, value=value, source=Source.AUTOMATIC, reason=reason, arguments=((flag, value),))
     return Decision(
-        option=name, value=value, source=Source.DEFAULT, reason="the agent's default", arguments=((flag, value),)
+        option=name,
+        value=str(most),
+        source=Source.DEFAULT,
+        reason="the agent's default",
+        arguments=((flag, str(most)),),
+        warning=_too_many(most, blocks),
+    )
+
+
+def _blocks_for_graphs(given: Given, budget: Budget, graphs: Decision) -> int | None:
+    """Blocks of linear attention, of which vLLM wants one for each sequence before it captures graphs
+    (`CompilationConfig.resolve_cudagraph_mode_and_sizes`); `None` where it has no such wish, or it is not known."""
+    captured = given.device is not Device.CPU and graphs.value == GRAPHS
+    return budget.state_blocks(given) if captured else None
+
+
+def _too_many(sequences: int | None, blocks: int | None) -> str:
+    if sequences is None or blocks is None or sequences <= blocks:
+        return ""
+    return (
+        f"By the estimate vLLM refuses {sequences} sequences: about {blocks} blocks fit for linear attention, and CUDA "
+        f"graphs need one for each. Lower XEROTIER_AGENT_MAX_NUM_SEQS to {max(blocks, 1)}."
     )
 
 
@@ -124,6 +157,10 @@ def choose_concurrency(given: Given, budget: Budget, sequences: Decision) -> Dec
         value, reason = _within_link(min(batch, most), "max num seqs; what fits is not known")
         return Decision(option=name, value=str(value), source=Source.DEFAULT, reason=reason)
     tokens = min(TYPICAL_TOKENS, given.model.max_position_embeddings or TYPICAL_TOKENS)
+    if not given.model.layer_count:
+        bounds = f"the model keeps no KV cache; no more than max num seqs, nor {MOST_PER_GPU} for each GPU"
+        value, reason = _within_link(min(batch, most), bounds)
+        return Decision(option=name, value=str(value), source=Source.AUTOMATIC, reason=reason)
     fitting = budget.sequences(given, tokens)
     bounds = f"{fitting} sequences of {tokens} tokens fit; no more than max num seqs, nor {MOST_PER_GPU} for each GPU"
     value, reason = _within_link(max(1, min(batch, fitting, most)), bounds)

@@ -7,7 +7,7 @@ when there are fewer heads than GPUs; MLA's latent vector is copied to every GPU
 What one sequence keeps, by kind of layer:
 
 - full attention: 2 (K and V) × KV heads × head size × dtype, for every token;
-- sliding window: the same, for no more tokens than the window;
+- sliding window: the same, for no more tokens than the window and those that are being computed;
 - MLA: (kv_lora_rank + qk_rope_head_dim) × dtype for every token (vLLM's `MLAAttentionSpec`);
 - linear (gated delta net, Mamba-2): states of fixed size, whatever the length (vLLM's `MambaStateShapeCalculator`), as
   many as prefix caching and speculation need (`MambaSpec.max_memory_usage_bytes`).
@@ -17,7 +17,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from math import ceil
 
-from xim_agent.facts.model import LinearKind, ModelFacts
+from xim_agent.facts.model import LayerFacts, LinearKind, ModelFacts
 
 GIB = 1024**3
 ACTIVATION_SHARE = 0.20
@@ -31,6 +31,9 @@ HALF_BYTES = 2
 STATE_BYTES = 4
 """Of one value of a linear layer's recurrent state: float32 (`mamba_ssm_dtype` of Qwen3.5). The larger of what vLLM
 uses, so that a model that does not say is not underestimated."""
+
+BLOCK_TOKENS = 16
+"""Tokens of a block, of which vLLM takes as many times as a linear layer's state needs."""
 
 STATES = {LinearKind.GDN: 2, LinearKind.MAMBA: 3}
 """Copies of a linear layer's state that a running sequence holds where prefixes are cached, which they always are: the
@@ -110,7 +113,7 @@ def quantized_weights_bytes(model: ModelFacts, *, bits: float) -> int | None:
     """
     if model.parameters is None:
         return None
-    kept = min(2 * model.vocab_size * model.hidden_size, model.parameters)
+    kept = min((1 if model.tied_embeddings else 2) * model.vocab_size * model.hidden_size, model.parameters)
     return kept * HALF_BYTES + ceil((model.parameters - kept) * bits / 8)
 
 
@@ -132,13 +135,51 @@ def sequence_bytes(
     dtype_bytes: int = HALF_BYTES,
     tensor_parallel_size: int = 1,
     guessed_tokens: int = 0,
+    in_flight: int = 0,
 ) -> int:
-    """Bytes that one sequence of `tokens` tokens keeps on one GPU, over all layers, `guessed_tokens` a step."""
-    windowed = tokens if model.sliding_window is None else min(tokens, model.sliding_window)
-    kept = model.layers.full * tokens + model.layers.sliding * windowed
-    return kept * _layer_token_bytes(model, dtype_bytes, tensor_parallel_size) + state_bytes(
+    """Bytes that one sequence of `tokens` tokens keeps on one GPU, over all layers, `guessed_tokens` a step.
+
+    While `in_flight` tokens of it are computed they are kept beside the window (`SlidingWindowSpec`). Layers that fill
+    up a group count as well.
+    """
+    layers = model.layers
+    windowed = tokens if model.sliding_window is None else min(tokens, model.sliding_window + in_flight)
+    kept = filled(layers, layers.full) * tokens + filled(layers, layers.sliding) * windowed
+    states = state_bytes(
         model, dtype_bytes=dtype_bytes, tensor_parallel_size=tensor_parallel_size, guessed_tokens=guessed_tokens
     )
+    padded = ceil(states * filled(layers, layers.linear) / max(layers.linear, 1))
+    return kept * _layer_token_bytes(model, dtype_bytes, tensor_parallel_size) + padded
+
+
+def group_layers(layers: LayerFacts) -> int:
+    """Layers that share one table of blocks: as many as the rarest kind has, or the most frequent where they are nearly
+    as many (vLLM's `_get_kv_cache_groups_uniform_page_size`)."""
+    counts = [count for count in (layers.full, layers.sliding, layers.linear) if count]
+    least, most = min(counts, default=1), max(counts, default=1)
+    return most if most < least * 1.5 else least
+
+
+def filled(layers: LayerFacts, count: int) -> int:
+    """`count` layers of one kind and those that vLLM puts beside them to fill up the last group."""
+    return ceil(count / group_layers(layers)) * group_layers(layers)
+
+
+def state_blocks(
+    model: ModelFacts, budget_bytes: int, *, dtype_bytes: int = HALF_BYTES, tensor_parallel_size: int = 1
+) -> int | None:
+    """Blocks in `budget_bytes` of one GPU where linear layers draw from the same pool as attention.
+
+    One holds a state for each layer of a group, or as many tokens as need no less (`_align_hybrid_block_size`). `None`
+    where there are no such layers or their state's shape is not known.
+    """
+    page = _layer_state_bytes(model, dtype_bytes, tensor_parallel_size)
+    if not page:
+        return None
+    if model.layers.full:
+        step = BLOCK_TOKENS * _layer_token_bytes(model, dtype_bytes, tensor_parallel_size)
+        page = ceil(page / step) * step
+    return budget_bytes // (page * group_layers(model.layers))
 
 
 def state_bytes(
@@ -149,6 +190,15 @@ def state_bytes(
     A state is a convolution's window over queries, keys and values, and one matrix per value head. Each linear layer
     keeps `STATES` of them, and one more for every token that is guessed in a step.
     """
+    layers = model.layers.linear
+    if not layers or model.linear is None:
+        return 0
+    states = STATES.get(model.linear.kind, 1) + guessed_tokens
+    return states * layers * _layer_state_bytes(model, dtype_bytes, tensor_parallel_size)
+
+
+def _layer_state_bytes(model: ModelFacts, dtype_bytes: int, tensor_parallel_size: int) -> int:
+    """Bytes of one state of one linear layer on one GPU; 0 where its shape is not known or there is no such layer."""
     shape = model.linear
     if shape is None or None in (shape.key_heads, shape.value_heads, shape.key_head_dim, shape.value_head_dim):
         return 0
@@ -159,8 +209,7 @@ def state_bytes(
     channels = 2 * shape.key_heads * shape.key_head_dim + shape.value_heads * shape.value_head_dim
     window = channels * max((shape.conv_kernel or 1) - 1, 0) * dtype_bytes
     matrices = shape.value_heads * shape.key_head_dim * shape.value_head_dim * STATE_BYTES
-    states = STATES.get(shape.kind, 1) + guessed_tokens
-    return ceil(states * model.layers.linear * (window + matrices) / tensor_parallel_size)
+    return ceil((window + matrices) / tensor_parallel_size)
 
 
 def kv_cache_bytes(
@@ -171,6 +220,7 @@ def kv_cache_bytes(
     dtype_bytes: int = HALF_BYTES,
     tensor_parallel_size: int = 1,
     guessed_tokens: int = 0,
+    in_flight: int = 0,
 ) -> int:
     """Bytes on one GPU for `concurrent` sequences of `tokens` tokens each."""
     return concurrent * sequence_bytes(
@@ -179,6 +229,7 @@ def kv_cache_bytes(
         dtype_bytes=dtype_bytes,
         tensor_parallel_size=tensor_parallel_size,
         guessed_tokens=guessed_tokens,
+        in_flight=in_flight,
     )
 
 
@@ -217,6 +268,7 @@ def context_that_fits(
     dtype_bytes: int = HALF_BYTES,
     tensor_parallel_size: int = 1,
     guessed_tokens: int = 0,
+    in_flight: int = 0,
 ) -> int:
     """The longest sequence, up to `most` tokens, that fits `concurrent` times into `budget_bytes`; 0 when none does."""
 
@@ -228,6 +280,7 @@ def context_that_fits(
             dtype_bytes=dtype_bytes,
             tensor_parallel_size=tensor_parallel_size,
             guessed_tokens=guessed_tokens,
+            in_flight=in_flight,
         )
 
     # Bytes never shrink with tokens, so the border is found by bisection rather than by one formula per kind of layer.

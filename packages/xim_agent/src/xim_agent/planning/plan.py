@@ -90,7 +90,8 @@ def plan_engine(given: Given) -> EnginePlan:
     quantized = quantization.choose_quantization(given, budget_for)
     budget = budget_for(quantized.value)
     length = context.choose_context(given, budget)
-    sequences = context.choose_sequences(given)
+    graphs = accelerator.choose_graphs(given, size)
+    sequences = context.choose_sequences(given, budget, graphs)
     concurrency = context.choose_concurrency(given, budget, sequences)
     decisions: list[Decision | None] = [
         accelerator.choose_device(given),
@@ -105,7 +106,7 @@ def plan_engine(given: Given) -> EnginePlan:
         length,
         sequences,
         concurrency,
-        accelerator.choose_graphs(given, size),
+        graphs,
         accelerator.choose_all_reduce(given, size),
         speculative,
         moe.choose_moe_configs(given),
