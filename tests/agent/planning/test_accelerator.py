@@ -138,3 +138,9 @@ def test_short_prompts_are_padded_on_rocm_with_gated_delta_nets_only() -> None:
 def test_the_model_names_no_dtype() -> None:
     unnamed = replace(model("llama-3.1-8b"), dtype=None)
     assert "it names none" in decision(planned("h200", unnamed), "dtype").reason
+
+
+def test_float32_in_a_checkpoint_is_loaded_in_16_bits_and_said_so() -> None:
+    found = decision(planned("rtx-3090", "mammoth-7b-awq"), "dtype")
+    assert (found.value, words(found)) == ("auto", "")
+    assert found.reason == "the checkpoint's is float32, which vLLM loads in 16 bits"

@@ -26,6 +26,13 @@ def test_prefix_caching_is_always_on(names: tuple[str, str]) -> None:
     assert words(found) == "--enable-prefix-caching"
 
 
+def test_prefix_caching_is_not_asked_of_an_encoder_which_vllm_would_not_start() -> None:
+    found = decision(planned("rtx-3090", "bge-base-en-v1.5"), "prefix caching")
+    assert (found.value, found.source, words(found)) == ("none", Source.MODEL, "")
+    embedding = decision(planned("l40s", "qwen3-embedding-0.6b"), "prefix caching")
+    assert words(embedding) == "--enable-prefix-caching"
+
+
 def test_a_quarter_of_the_memory_is_the_default() -> None:
     found = chosen("rtx-3090")
     assert (words(found), found.source) == (f"{BACKEND_FLAG} native {SIZE_FLAG} 16", Source.DEFAULT)
@@ -133,6 +140,14 @@ def test_lmcache_has_a_file_with_memory_and_disk() -> None:
     assert file.shown == file.content
 
 
+def test_every_worker_gets_its_part_of_lmcaches_tiers() -> None:
+    content = planned("h100-x8", "llama-3.1-70b", LMCACHE_DISK_SIZE_GB="400", **LMCACHE).files[0].content
+    assert "max_local_cpu_size: 25.6\n" in content  # a tenth of 2 TiB, divided by 8
+    assert "max_local_disk_size: 50.0\n" in content
+    little = replace(machine("h100-x8"), ram_limit_bytes=GIB)
+    assert "max_local_cpu_size: 0.1\n" in planned(little, "llama-3.1-70b", **LMCACHE).files[0].content
+
+
 def test_lmcache_takes_the_operators_tiers_and_hides_the_password() -> None:
     plan = planned("h200", LMCACHE_REDIS_URL="redis://:s3cret@cache:6379", LMCACHE_DISK_SIZE_GB="7", **LMCACHE)
     (file,) = plan.files
@@ -173,5 +188,7 @@ def test_lmcache_that_cannot_be_had_is_told_and_the_engine_runs_without() -> Non
         assert reason in found.warning
         assert (words(found), plan.files) == ("", ())
     with_redis = planned(no_ram, LMCACHE_REDIS_URL="redis://cache", **LMCACHE)
+    # LMCache copies through memory to the other tiers and fails where it may have none; its own default is 5 GiB.
     assert "local_cpu: false" in with_redis.files[0].content
+    assert "max_local_cpu_size" not in with_redis.files[0].content
     assert json.loads(decision(with_redis, "KV offload").arguments[0][1])["kv_role"] == "kv_both"

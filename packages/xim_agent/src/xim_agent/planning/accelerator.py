@@ -78,7 +78,11 @@ def choose_dtype(given: Given) -> Decision:
         option="dtype",
         value="auto",
         source=Source.MODEL,
-        reason=f"the checkpoint's ({given.model.dtype or 'it names none'}), where the device has it",
+        reason=(
+            "the checkpoint's is float32, which vLLM loads in 16 bits"
+            if given.model.dtype == "float32"
+            else f"the checkpoint's ({given.model.dtype or 'it names none'}), where the device has it"
+        ),
     )
     if given.device is not Device.CPU or given.model.quantization is not None or not given.settings.auto_config:
         return auto
@@ -175,7 +179,7 @@ def _float32_fits(given: Given) -> bool:
 
 def _no_gpu(given: Given, problems: str) -> str:
     return (
-        f"vLLM {given.engine.version} is no build for the CPU, and no GPU is seen"
+        f"vLLM {given.engine.version} is no build for the CPU, and no GPU is seen, so it will find no device"
         f"{f' ({problems})' if problems else ''}. In this order: does nvidia-smi or rocm-smi list it on the host; is "
         "it passed into the container (--gpus all, or /dev/kfd and /dev/dri); does a mask such as CUDA_VISIBLE_DEVICES "
         "hide it?"

@@ -47,7 +47,7 @@ class Budget:
     """By speculative decoding in one step; each has a state of its own in linear attention layers."""
 
     def context_fits(self, given: Given, tokens: int) -> bool | None:
-        """Whether one sequence of `tokens` fits, the way vLLM checks it when it starts; `None` where it is not known."""
+        """Whether one sequence of `tokens` fits, the way vLLM checks it at a start; `None` where it is not known."""
         if self.kv_bytes is None:
             return None
         return 0 < self.kv_bytes >= self.sequence_bytes(given, tokens, in_flight=in_flight_tokens(given))

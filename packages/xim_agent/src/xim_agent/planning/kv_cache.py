@@ -27,7 +27,14 @@ CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 
 
 def choose_prefix_caching(given: Given) -> Decision:
-    """Always on; there is no switch."""
+    """Always on; there is no switch.
+
+    An encoder keeps nothing that could be used again, and vLLM 0.32 does not start one with the flag
+    (`HybridKVCacheCoordinator.verify_and_split_kv_cache_groups`).
+    """
+    if not given.model.layer_count:
+        reason = "the model reads a text at once and keeps nothing of it; vLLM does not start it with the flag"
+        return Decision(option="prefix caching", value="none", source=Source.MODEL, reason=reason)
     return Decision(
         option="prefix caching",
         value="on",
@@ -37,8 +44,8 @@ def choose_prefix_caching(given: Given) -> Decision:
     )
 
 
-def choose_kv_offload(given: Given) -> Decision:
-    """Where KV blocks go that leave the GPU."""
+def choose_kv_offload(given: Given, workers: int) -> Decision:
+    """Where KV blocks go that leave the GPU; `workers` share the model."""
     for flag in (SIZE_FLAG, TRANSFER_FLAG):
         if given.words.has(flag):
             return _off(Source.OPERATOR, f"{flag} in VLLM_ARGS", value="by VLLM_ARGS")
@@ -53,8 +60,8 @@ def choose_kv_offload(given: Given) -> Decision:
             warning="KV offload is set and has no effect on a CPU." if asked else "",
         )
     if given.pooling:
-        return _off(Source.MODEL, "a model that embeds or scores keeps nothing between requests")
-    return _lmcache(given) if backend is KvCacheBackend.LMCACHE else _native(given)
+        return _off(Source.MODEL, "not for a model that embeds or scores, whose prompts are computed in one step")
+    return _lmcache(given, workers) if backend is KvCacheBackend.LMCACHE else _native(given)
 
 
 def _backend(given: Given) -> KvCacheBackend:
@@ -128,13 +135,13 @@ def _native_of(given: Given, size: str, source: Source, reason: str, *, warning:
     )
 
 
-def _lmcache(given: Given) -> Decision:
+def _lmcache(given: Given, workers: int) -> Decision:
     """LMCache inside the engine. Where it cannot be had the engine runs without, and the operator is told."""
     missing = _unavailable(given)
     if missing:
         warning = f"LMCache is not used: {missing}. The engine runs without KV offload."
         return _off(Source.AUTOMATIC, f"LMCache is set, but {missing}", warning=warning)
-    file = lmcache_file(given)
+    file = lmcache_file(given, workers)
     variable = "LMCACHE_ENABLED" if given.settings.lmcache_enabled else "KV_CACHE_BACKEND"
     tiers = ["memory", "disk"] + ["Redis"] * (given.settings.lmcache_redis_url is not None)
     return Decision(
@@ -161,21 +168,23 @@ def _unavailable(given: Given) -> str:
     return ""
 
 
-def lmcache_file(given: Given) -> PlannedFile:
-    """LMCache's configuration: a tier in memory, one on disk, and Redis where the operator names one."""
+def lmcache_file(given: Given, workers: int) -> PlannedFile:
+    """LMCache's configuration: a tier in memory, one on disk, and Redis where the operator names one.
+
+    Each of `workers` reads the file and takes the sizes for itself alone (`LocalCPUBackend`, `LocalDiskBackend`), so it
+    gets its part. The other tiers copy through memory: where that is not known LMCache takes its own 5 GiB.
+    """
     settings, hardware = given.settings, given.hardware
-    memory_gib = (hardware.usable_ram_bytes or 0) * LMCACHE_SHARE / GIB
     disk_gib = float(settings.lmcache_disk_size_gb or 0)
     if settings.lmcache_disk_size_gb is None:
         disk_gib = (hardware.disk_total_bytes or 0) * LMCACHE_SHARE / GIB
-    entries: dict[str, object] = {
-        "chunk_size": LMCACHE_CHUNK_TOKENS,
-        "local_cpu": memory_gib > 0,
-        "max_local_cpu_size": round(memory_gib, 1),
-    }
+    entries: dict[str, object] = {"chunk_size": LMCACHE_CHUNK_TOKENS, "local_cpu": False}
+    if hardware.usable_ram_bytes is not None:
+        entries["local_cpu"] = True
+        entries["max_local_cpu_size"] = _part(hardware.usable_ram_bytes * LMCACHE_SHARE / GIB, workers)
     if disk_gib > 0:
         entries["local_disk"] = f"file://{given.places.lmcache}/"
-        entries["max_local_disk_size"] = round(disk_gib, 1)
+        entries["max_local_disk_size"] = _part(disk_gib, workers)
     shown = dict(entries)
     if settings.lmcache_redis_url is not None:
         url = settings.lmcache_redis_url.get_secret_value()
@@ -183,6 +192,11 @@ def lmcache_file(given: Given) -> PlannedFile:
         shown["remote_url"] = f"{urlsplit(url).scheme}://{MASK}"
         entries["remote_serde"] = shown["remote_serde"] = "naive"
     return PlannedFile(path=given.places.config / LMCACHE_FILE, content=_yaml(entries), shown=_yaml(shown))
+
+
+def _part(gib: float, workers: int) -> float:
+    """One worker's, in tenths of a GiB; LMCache reads 0 as none."""
+    return max(round(gib / workers, 1), 0.1)
 
 
 def _yaml(entries: dict[str, object]) -> str:

@@ -45,6 +45,8 @@ class EnginePlan:
     estimate: Estimate | None
     """With the KV cache of `max_concurrent` typical sequences; `None` where the model's size is not known."""
     max_concurrent: int
+    typical_tokens: int
+    """Of a sequence in `estimate`."""
     tensor_parallel_size: int
 
     @property
@@ -111,7 +113,7 @@ def plan_engine(given: Given) -> EnginePlan:
         speculative,
         moe.choose_moe_configs(given),
         kv_cache.choose_prefix_caching(given),
-        kv_cache.choose_kv_offload(given),
+        kv_cache.choose_kv_offload(given, size),
         *cpu.choose_cpu_tuning(given, budget, length, concurrency),
         accelerator.choose_short_prompts(given),
         *_house(given),
@@ -123,6 +125,7 @@ def plan_engine(given: Given) -> EnginePlan:
         budget=budget,
         estimate=_estimate(given, budget, length, concurrent),
         max_concurrent=concurrent,
+        typical_tokens=_typical_tokens(length),
         tensor_parallel_size=size,
     )
 
@@ -253,10 +256,14 @@ def _without_missing_flags(given: Given, decision: Decision) -> Decision:
     )
 
 
+def _typical_tokens(length: Decision) -> int:
+    """What a sequence is counted with: no more than the context holds."""
+    return min(TYPICAL_TOKENS, number_of(length.value) or TYPICAL_TOKENS)
+
+
 def _estimate(given: Given, budget: Budget, length: Decision, concurrent: int) -> Estimate | None:
     """With the KV cache that the engine will have room for and that `concurrent` typical sequences use."""
-    tokens = min(TYPICAL_TOKENS, number_of(length.value) or TYPICAL_TOKENS)
-    needed = concurrent * budget.sequence_bytes(given, tokens)
+    needed = concurrent * budget.sequence_bytes(given, _typical_tokens(length))
     if given.device is Device.CPU:
         return budget.with_kv(needed)
     return budget.with_kv(needed if budget.kv_bytes is None else min(needed, budget.kv_bytes))

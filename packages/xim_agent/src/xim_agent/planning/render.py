@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from xim_agent.planning.accelerator import named
-from xim_agent.planning.budget import TYPICAL_TOKENS
 from xim_agent.planning.command import EngineCommand
 from xim_agent.planning.memory import GIB
 from xim_agent.planning.plan import EnginePlan
@@ -135,7 +134,7 @@ def _memory(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     if estimate is None:
         yield "estimate", "not known: the model's files and config.json tell no size"
     else:
-        tokens = f"{plan.max_concurrent} × {TYPICAL_TOKENS} tokens at most"
+        tokens = f"{plan.max_concurrent} × {plan.typical_tokens} tokens at most"
         for name, size in estimate.components().items():
             yield name, _gib(size) + (f"  ({tokens})" if name == "KV cache" else "")
     if budget.device_bytes is not None:
