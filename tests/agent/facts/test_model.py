@@ -88,7 +88,13 @@ def test_a_hybrid_with_nested_text_config() -> None:
     assert facts.architectures == ("Qwen3_5ForConditionalGeneration",)
     assert facts.layers == LayerFacts(full=8, linear=24)
     assert facts.linear == LinearAttention(
-        kind=LinearKind.GDN, key_heads=16, value_heads=32, key_head_dim=128, value_head_dim=128, conv_kernel=4
+        kind=LinearKind.GDN,
+        key_heads=16,
+        value_heads=32,
+        key_head_dim=128,
+        value_head_dim=128,
+        conv_kernel=4,
+        state_dtype="float32",
     )
     assert (facts.mtp_layers, facts.multimodal, facts.dtype, facts.layer_count) == (1, True, "bfloat16", 32)
 

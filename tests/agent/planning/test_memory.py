@@ -175,6 +175,16 @@ def test_a_linear_layers_state_does_not_grow() -> None:
     assert state_bytes(facts, tensor_parallel_size=2) * 2 == state_bytes(facts)
 
 
+def test_a_state_has_the_dtype_that_vllm_gives_it() -> None:
+    said, unsaid = published("qwen3.5-9b"), published("qwen3-next-80b-a3b")
+    assert (said.linear and said.linear.state_dtype, unsaid.linear and unsaid.linear.state_dtype) == ("float32", None)
+    # vLLM's MambaSpec for one layer on one of four GPUs: 274,432 bytes, all of them bfloat16
+    assert state_bytes(unsaid, tensor_parallel_size=4) == 2 * 36 * 274_432
+    assert said.linear is not None
+    half = replace(said, linear=replace(said.linear, state_dtype="bfloat16"))
+    assert state_bytes(half) < state_bytes(said)
+
+
 def test_a_mamba_2_layer_keeps_one_state_more() -> None:
     facts = published("nemotron-h-56b")
     per_layer = (2 * 8 * 256 + 256 * 64) * 3 * 2 + 256 * 256 * 64 * 4

@@ -108,6 +108,7 @@ def linear_facts(config: Config) -> LinearAttention:
             key_head_dim=config.integer("linear_key_head_dim"),
             value_head_dim=config.integer("linear_value_head_dim"),
             conv_kernel=config.integer("linear_conv_kernel_dim"),
+            state_dtype=config.text("mamba_ssm_dtype"),
         )
     heads = config.integer("mamba_num_heads", "mamba_n_heads", "n_mamba_heads")
     if heads is None:
@@ -119,4 +120,5 @@ def linear_facts(config: Config) -> LinearAttention:
         key_head_dim=config.integer("ssm_state_size", "mamba_d_state"),
         value_head_dim=config.integer("mamba_head_dim", "mamba_d_head", "mamba_headdim"),
         conv_kernel=config.integer("conv_kernel", "mamba_d_conv"),
+        state_dtype=config.text("mamba_ssm_cache_dtype"),
     )

@@ -66,6 +66,8 @@ class LinearAttention:
     key_head_dim: int | None = None
     value_head_dim: int | None = None
     conv_kernel: int | None = None
+    state_dtype: str | None = None
+    """Of the state's values, where config.json names it: `float32`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,9 +28,11 @@ MARGIN = 0.05
 """Kept free above the sum of the components."""
 HALF_BYTES = 2
 """Of one value in bfloat16 or float16, vLLM's dtype for weights and KV cache unless told otherwise."""
-STATE_BYTES = 4
-"""Of one value of a linear layer's recurrent state: float32 (`mamba_ssm_dtype` of Qwen3.5). The larger of what vLLM
-uses, so that a model that does not say is not underestimated."""
+STATE_BYTES = {"float32": 4, "float16": HALF_BYTES, "bfloat16": HALF_BYTES}
+"""Of one value of a linear layer's recurrent state, by the dtype that config.json names."""
+UNNAMED_STATE_BYTES = {LinearKind.GDN: HALF_BYTES, LinearKind.MAMBA: 4}
+"""Where it names none: vLLM takes the model's dtype for gated delta nets and float32 for Nemotron-H. The larger of what
+it uses for Mamba-2, so that another family is not underestimated."""
 
 BLOCK_TOKENS = 16
 """Tokens of a block, of which vLLM takes as many times as a linear layer's state needs."""
@@ -208,7 +210,8 @@ def _layer_state_bytes(model: ModelFacts, dtype_bytes: int, tensor_parallel_size
     assert shape.value_head_dim is not None
     channels = 2 * shape.key_heads * shape.key_head_dim + shape.value_heads * shape.value_head_dim
     window = channels * max((shape.conv_kernel or 1) - 1, 0) * dtype_bytes
-    matrices = shape.value_heads * shape.key_head_dim * shape.value_head_dim * STATE_BYTES
+    value_bytes = STATE_BYTES.get(shape.state_dtype or "", UNNAMED_STATE_BYTES.get(shape.kind, 4))
+    matrices = shape.value_heads * shape.key_head_dim * shape.value_head_dim * value_bytes
     return ceil((window + matrices) / tensor_parallel_size)
 
 
