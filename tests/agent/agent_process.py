@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,11 +17,12 @@ from aiohttp import web
 
 from tests.agent.engine.engines import FAKE_VLLM
 from tests.agent.link.enrollments import GRANTED, FakeRouter
+from tests.support.ports import free_ports
+from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import RouterStub
 from xim_protocol.enrollment import AssignedEndpoint
 from xim_protocol.ids import EndpointId
 
-PATIENCE_S = 30.0
 TINY_MODEL = Path(__file__).parents[2] / "demo" / "model" / "xim-tiny"
 
 
@@ -35,12 +35,6 @@ def granted(router: RouterStub, *, served_name: str | None = "tiny") -> web.Resp
     router.admit_all = True
     assignment = None if served_name is None else assigned(served_name)
     return web.json_response(replace(GRANTED, mesh=(router.address,), assignment=assignment).to_json())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class AgentProcess:
@@ -101,7 +95,7 @@ async def agent_process(tmp_path: Path, enroll: FakeRouter | None, **settings: s
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
     shutil.copy(TINY_MODEL / "config.json", model)
-    port = free_port()
+    (port,) = free_ports(1)
     given = {
         "CONFIG_DIR": str(tmp_path / "config"),
         "ALLOW_INSECURE": "1",

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from tests.agent.engine.engines import States, fake_vllm, policy
 from tests.agent.link.links import config, curve_keys
+from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import RouterStub
+from tests.support.stopwatch import Stopwatch
+from xim_agent.engine import guard
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.process import Engine, EngineState
 from xim_agent.link.connection import Connection
@@ -44,11 +47,18 @@ class Parts:
                 return int(float(line.rsplit(b" ", 1)[1]))
         raise AssertionError("the engine does not say")
 
-    async def idle_engine(self, within_s: float) -> None:
-        """Return when the engine works on nothing."""
-        async with asyncio.timeout(within_s):
-            while await self.running():
-                pass
+    def stopwatch(self) -> Stopwatch:
+        """Started now, for this process, which is the agent, and the engine's."""
+        group = self.engine.process_group
+        return Stopwatch([] if group is None else [group, *guard.members_of(group, guard.processes())])
+
+    async def idle_engine(self, since: Stopwatch) -> None:
+        """Return when the engine works on nothing, which is to be within a second of `since`."""
+
+        async def idle() -> bool:
+            return await self.running() == 0
+
+        await since.within(1.0, idle, what="the engine works on nothing")
 
 
 def _serving(
@@ -111,7 +121,7 @@ async def node(
             parts.connections.append(connection)
             running.append(tasks.create_task(connection.run()))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 await linked.wait()
             if ready:
                 await states.reach(EngineState.READY)

@@ -9,6 +9,7 @@ import psutil
 from tests.agent.agent_process import agent_process, granted
 from tests.agent.link.enrollments import router as enrollment_router
 from tests.agent.serving_parts import chat
+from tests.support.programs import PATIENCE_S, alive
 from tests.support.router_stub import RouterStub
 from xim_protocol.events import AgentReported, GoodbyeReceived
 from xim_protocol.ids import EndpointId
@@ -44,12 +45,15 @@ async def test_from_a_join_key_to_an_answer_to_an_orderly_end(tmp_path: Path) ->
             children = agent.children()
             assert children
 
-            lasting = await router.submit(chat({"chunks": 150, "interval_ms": 10}))
+            # More than a window: it ends when the client takes it, and not before.
+            router.consuming = False
+            lasting = await router.submit(chat({"chunks": 600, "interval_ms": 0}))
             await router.until(lambda: lasting.chunks > 2)
             agent.signal()
             await agent.says("draining", in_flight=1)
             late = await router.ask(chat({"chunks": 1}))
             assert late.refused is not None
+            await router.consume(lasting)
             await router.until(lambda: lasting.over)
             assert lasting.ended
             assert await agent.ended() == 0
@@ -57,7 +61,7 @@ async def test_from_a_join_key_to_an_answer_to_an_orderly_end(tmp_path: Path) ->
             assert router.of_type(GoodbyeReceived) == [GoodbyeReceived(code=GoodbyeCode.LEAVING, message="")]
             states = [event.state for event in router.of_type(AgentReported) if isinstance(event, AgentReported)]
             assert AgentState.DRAINING in states
-            assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+            assert not alive(children)
             assert enroll.key().encode() not in "\n".join(agent.lines)
 
 
@@ -81,14 +85,14 @@ async def test_a_second_signal_forces_and_leaves_no_process(tmp_path: Path) -> N
             await ready(router)
             children = agent.children()
             await router.submit(chat({"hang": True}))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while "xim_agent_streams_in_flight 1.0" not in await agent.metrics():
                     pass
             agent.signal()
             await agent.says("draining", in_flight=1)
             agent.signal()
             assert await agent.ended() == 1
-            assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+            assert not alive(children)
 
 
 async def test_two_processes_of_one_identity_end_with_the_remedy(tmp_path: Path) -> None:

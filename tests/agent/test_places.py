@@ -34,9 +34,11 @@ def full(capacity: int, *, refused: dict[Router, int]) -> Places:
 
 async def turns() -> None:
     """Let the offers of a few turns of the next router happen."""
-    done = asyncio.Event()
-    asyncio.get_running_loop().call_later(6 * NEXT_ROUTER_S, done.set)
-    await done.wait()
+    # One after the other, as the offers come: a loop that stands still for a while delays these as well.
+    for _ in range(6):
+        done = asyncio.Event()
+        asyncio.get_running_loop().call_later(NEXT_ROUTER_S, done.set)
+        await done.wait()
 
 
 async def test_a_place_is_offered_once_for_each_refusal_and_then_no_more() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.agent.serving_parts import chat, node
 from tests.support.fake_vllm_script import expected_text
+from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import Answer as Asked
 from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
@@ -117,7 +118,7 @@ async def test_time_that_is_up_fails_the_stream_and_stops_the_engine(tmp_path: P
         await router.until(lambda: answer.over)
         assert answer.failed is not None
         assert answer.failed.code is FailCode.TIME_UP
-        await parts.idle_engine(1.0)
+        await parts.idle_engine(parts.stopwatch())
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -127,11 +128,12 @@ async def test_a_cancel_stops_the_engine_within_a_second(tmp_path: Path, stream:
         if stream:
             await router.until(lambda: answer.chunks > 2)
         else:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while not await parts.running():
                     pass
+        asked = parts.stopwatch()
         await router.cancel(answer)
-        await parts.idle_engine(1.0)
+        await parts.idle_engine(asked)
         assert parts.serving.statistics().in_flight == 0
         await router.until(lambda: answer.over)
         assert answer.failed is not None
@@ -223,7 +225,7 @@ async def test_beyond_capacity_the_router_refused_first_hears_first_of_a_place(t
         await first.opened()
         await second.opened()
         running = await first.submit(chat({"hang": True}))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while parts.serving.statistics().in_flight == 0:
                 await parts.running()
         for router in (second, first):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from demo.processes import Child, DemoFailed, Signals, StopRequested
+from tests.support.programs import PATIENCE_S
 
 # Says when it is ready, and starts a program below itself in a session of its own, as the agent does with the engine.
 PARENT = """
@@ -27,7 +28,7 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 def started(tmp_path: Path, before: str = "") -> tuple[Child, int]:
     """A running child and the number of the process below it."""
     child = Child("parent", [sys.executable, "-c", PARENT.format(before=before)], os.environ, tmp_path / "log")
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + PATIENCE_S
     while not (text := (tmp_path / "log").read_text()).endswith("\n"):
         child.require_alive()
         assert time.monotonic() < deadline
@@ -73,7 +74,7 @@ def test_a_missing_program_is_told(tmp_path: Path) -> None:
 
 
 def until_dead(child: Child) -> None:
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         child.require_alive()
 
@@ -115,5 +116,5 @@ def test_ctrl_c_reaches_a_real_program_as_a_stop() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert output == "stopped\n"

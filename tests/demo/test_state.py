@@ -9,6 +9,7 @@ import pytest
 
 from demo.processes import DemoFailed
 from demo.state import HOST, Folder, Ports, State
+from tests.support.ports import free_ports as free_port_numbers
 
 
 @pytest.fixture
@@ -104,14 +105,7 @@ def test_the_engine_socket_has_a_path_that_the_system_takes(tmp_path: Path) -> N
 
 def free_ports() -> Ports:
     """Ports that nobody listens on at this moment."""
-    held = [socket.create_server((HOST, 0)) for _ in range(5)]
-    numbers = [listener.getsockname()[1] for listener in held]
-    for listener in held:
-        listener.close()
+    http, control, streaming, router_metrics, agent_metrics = free_port_numbers(5)
     return Ports(
-        http=numbers[0],
-        control=numbers[1],
-        streaming=numbers[2],
-        router_metrics=numbers[3],
-        agent_metrics=numbers[4],
+        http=http, control=control, streaming=streaming, router_metrics=router_metrics, agent_metrics=agent_metrics
     )

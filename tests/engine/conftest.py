@@ -14,8 +14,9 @@ import pytest_asyncio
 
 from demo.engine import choose_engine, start_options
 from tests.support.accounts import Accounts
+from tests.support.ports import HOST, free_ports
 from tests.support.programs import MARK, Program, eventually
-from tests.support.topology import HOST, Node, Topology, free_ports, pytest_runtest_makereport
+from tests.support.topology import Node, Topology, pytest_runtest_makereport
 
 __all__ = ["engine_settings", "pytest_runtest_makereport"]
 

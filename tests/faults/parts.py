@@ -10,8 +10,9 @@ import psutil
 from tests.support.accounts import ENDPOINT, Accounts
 from tests.support.chaos_proxy import ChaosProxy
 from tests.support.load import Load
-from tests.support.programs import Program, eventually
-from tests.support.topology import HOST, Node, Topology
+from tests.support.ports import HOST
+from tests.support.programs import PATIENCE_S, Program, eventually
+from tests.support.topology import Node, Topology
 
 KIB = 1024
 # The router tells agents its own ports: it gets an address of its own, and the proxies have its ports here.
@@ -65,7 +66,9 @@ def descriptors(program: Program) -> int:
     return int(psutil.Process(program.process.pid).num_fds())
 
 
-async def metric_is(topology: Topology, name: str, number: float, *, within_s: float = 20.0, **labels: str) -> None:
+async def metric_is(
+    topology: Topology, name: str, number: float, *, within_s: float = PATIENCE_S, **labels: str
+) -> None:
     """Return when the router's metric has this value."""
 
     async def is_so() -> bool:
@@ -74,7 +77,7 @@ async def metric_is(topology: Topology, name: str, number: float, *, within_s: f
     await eventually(is_so, within_s=within_s, what=f"{name} is {number:g}")
 
 
-async def engine_runs(topology: Topology, node: Node, number: int, *, within_s: float = 10.0) -> None:
+async def engine_runs(topology: Topology, node: Node, number: int, *, within_s: float = PATIENCE_S) -> None:
     """Return when the engine works on so many requests."""
 
     async def is_so() -> bool:
@@ -83,7 +86,7 @@ async def engine_runs(topology: Topology, node: Node, number: int, *, within_s: 
     await eventually(is_so, within_s=within_s, what=f"the engine runs {number} request(s)")
 
 
-async def all_true(*conditions: Callable[[], Awaitable[bool]], within_s: float = 20.0, what: str = "") -> None:
+async def all_true(*conditions: Callable[[], Awaitable[bool]], within_s: float = PATIENCE_S, what: str = "") -> None:
     """Return when all of them hold in one look."""
 
     async def hold() -> bool:
@@ -92,7 +95,7 @@ async def all_true(*conditions: Callable[[], Awaitable[bool]], within_s: float =
     await eventually(hold, within_s=within_s, what=what)
 
 
-async def nothing_left(topology: Topology, *, within_s: float = 10.0) -> None:
+async def nothing_left(topology: Topology, *, within_s: float = PATIENCE_S) -> None:
     """Return when no request holds a place, a slot, a stream or a byte of the router, nor anything of an agent."""
     gauges = ("xim_router_exchanges", "xim_router_streams", "xim_router_in_flight", "xim_router_queue_depth")
 

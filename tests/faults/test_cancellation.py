@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.faults.parts import all_true, load_on, metric_is
+from tests.faults.parts import all_true, engine_runs, load_on, metric_is
 from tests.support.accounts import ENDPOINT, Accounts
 from tests.support.http_client import Call, open_call, request_bytes
 from tests.support.load import GENERATING, Route
+from tests.support.stopwatch import Stopwatch
 from tests.support.topology import Node, Topology
 from xim_protocol.routes import ROUTES
 
@@ -64,32 +64,27 @@ async def topology(accounts: Accounts) -> AsyncIterator[Topology]:
 async def in_use(topology: Topology) -> None:
     """Return when the one place is taken and the engine works on the request."""
     (node,) = topology.nodes
-
-    async def engine_works() -> bool:
-        return await topology.engine_metric(node, "vllm:num_requests_running") == 1
-
-    await all_true(engine_works, what="the engine works on the request")
+    await engine_runs(topology, node, 1)
 
 
-async def free_at_once(topology: Topology, since: float) -> None:
-    """Place, slot, stream and engine are free within a second of `since`."""
+async def free_at_once(topology: Topology, since: Stopwatch) -> None:
+    """Place, slot, stream and engine are free within a second of the client's leaving."""
     (node,) = topology.nodes
 
     async def router_is_free() -> bool:
         names = ("xim_router_in_flight", "xim_router_queue_depth", "xim_router_exchanges")
         return not any([await topology.router_metric(name) for name in names])
 
-    async def engine_is_idle() -> bool:
-        return await topology.engine_metric(node, "vllm:num_requests_running") == 0
+    async def all_free() -> bool:
+        return await router_is_free() and await topology.engine_metric(node, "vllm:num_requests_running") == 0
 
-    left_s = since + FREE_S - time.monotonic()
-    await all_true(router_is_free, engine_is_idle, within_s=left_s, what="slot and engine are free")
+    await since.within(FREE_S, all_free, what="slot and engine are free")
 
 
-async def outcome_is(topology: Topology, before: int, outcome: str) -> None:
-    """The one new line of the router's log says that the client left."""
-    lines = topology.router.lines("request")[before:]
-    assert [line["outcome"] for line in lines] == [outcome]
+async def all_left(topology: Topology, before: int, count: int = 1) -> None:
+    """The new lines of the router's log, so many, say that the client left."""
+    lines = (await topology.request_lines(before + count))[before:]
+    assert [line["outcome"] for line in lines] == ["client_closed_request"] * count
 
 
 @pytest.mark.parametrize("leaving", Leaving, ids=str)
@@ -126,13 +121,13 @@ async def test_leaving_a_generating_route(
     if stream and moment is not Moment.BEFORE_THE_FIRST_BYTE:
         wanted = choices * CHARS * (NEAR_THE_END if moment is Moment.NEAR_THE_END else 1)
         await all_true(lambda: has_received(client.reading, wanted), what="the answer is so far")
-    left_at = time.monotonic()
+    left = topology.stopwatch()
     if leaving is Leaving.CLOSES:
         client.leave()
     else:
         client.half_close()
-    await free_at_once(topology, left_at)
-    await outcome_is(topology, before, "client_closed_request")
+    await free_at_once(topology, left)
+    await all_left(topology, before)
 
 
 async def has_received(reading: Any, characters: int) -> bool:
@@ -151,9 +146,9 @@ async def test_leaving_a_route_that_computes(topology: Topology, path: str) -> N
     before = len(topology.router.lines("request"))
     async with await call(topology, path, COMPUTING[path], first_ms=60_000):
         await in_use(topology)
-        left_at = time.monotonic()
-    await free_at_once(topology, left_at)
-    await outcome_is(topology, before, "client_closed_request")
+        left = topology.stopwatch()
+    await free_at_once(topology, left)
+    await all_left(topology, before)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -161,19 +156,25 @@ async def test_leaving_a_route_that_computes(topology: Topology, path: str) -> N
 async def test_leaving_while_parked(topology: Topology, path: str, stream: bool) -> None:
     bodies = {route.path: route.body("hello") for route in GENERATING} | COMPUTING
     (node,) = topology.nodes
+    lines_before = len(topology.router.lines("request"))
     holder = await load_on(topology).open(chunks=CHUNKS, text_chars=CHARS, hang_after=1)
     await in_use(topology)
     before = await topology.engine_metric(node, "vllm:prompt_tokens_total")
     async with await call(topology, path, {**bodies[path], "stream": stream}):
         await metric_is(topology, "xim_router_queue_depth", 1)
-        left_at = time.monotonic()
-    await metric_is(topology, "xim_router_queue_depth", 0, within_s=left_at + FREE_S - time.monotonic())
+        left = topology.stopwatch()
+
+    async def nobody_waits() -> bool:
+        return await topology.router_metric("xim_router_queue_depth") == 0
+
+    await left.within(FREE_S, nobody_waits, what="its place in the queue is free")
     # It never reached the engine, and the one that has the place keeps it.
     assert await topology.engine_metric(node, "vllm:prompt_tokens_total") == before
     assert await topology.router_metric("xim_router_in_flight") == 1
-    left_at = time.monotonic()
+    left = topology.stopwatch()
     holder.leave()
-    await free_at_once(topology, left_at)
+    await free_at_once(topology, left)
+    await all_left(topology, lines_before, 2)
 
 
 async def test_every_relayed_route_is_in_the_matrix() -> None:
@@ -185,8 +186,8 @@ async def test_a_hundred_that_leave_at_once_leave_nothing(accounts: Accounts) ->
         node: Node = await topology.start_node(MAX_CONCURRENT="128", MAX_NUM_SEQS="128")
         clients = await load_on(topology).open_many(100, chunks=CHUNKS, text_chars=CHARS, interval_ms=50)
         await asyncio.gather(*(client.begun for client in clients))
-        left_at = time.monotonic()
+        left = topology.stopwatch()
         for client in clients:
             client.leave()
-        await free_at_once(topology, left_at)
+        await free_at_once(topology, left)
         assert node.program.running

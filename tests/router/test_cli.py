@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.router.control.plane_under_test import Clock, Node, PlaneUnderTest
+from tests.support.ports import free_ports
+from tests.support.programs import PATIENCE_S
 from xim_protocol.enrollment import JoinKey
 from xim_router.cli import main
 from xim_router.control.plane import ControlPlane
@@ -47,15 +48,6 @@ PORTS = (
     "XEROTIER_ROUTER_STREAMING_PORT",
     "XEROTIER_ROUTER_METRICS_PORT",
 )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in taken]
-    for each in taken:
-        each.close()
-    return ports
 
 
 @pytest.fixture
@@ -240,7 +232,7 @@ async def test_commands_take_effect_beside_a_running_router(cli: Cli, tmp_path: 
     )
     assert serving.stderr is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             said = b""
             while b'"serving"' not in said:
                 line = await serving.stderr.readline()
@@ -251,7 +243,7 @@ async def test_commands_take_effect_beside_a_running_router(cli: Cli, tmp_path: 
         key = made(await asyncio.to_thread(cli, "key", "create", "--project", "demo", "--name", "n", "--json"))
         url = f"http://127.0.0.1:{ports['XEROTIER_ROUTER_HTTP_PORT']}/v1/models"
         headers = {"authorization": f"Bearer {key['key']}"}
-        async with httpx2.AsyncClient(headers=headers) as client, asyncio.timeout(30):
+        async with httpx2.AsyncClient(headers=headers) as client, asyncio.timeout(PATIENCE_S):
             while (await client.get(url)).status_code != 200:
                 pass
             await asyncio.to_thread(cli, "key", "revoke", key["id"])

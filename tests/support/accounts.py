@@ -14,7 +14,7 @@ BINARIES = Path(sys.executable).parent
 ENDPOINT = "tiny"
 PROJECTS = ("alpha", "beta")
 """Two tenants, each with an endpoint `tiny` and an API key; tests that need one use the first."""
-COMMAND_S = 60.0
+COMMAND_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)

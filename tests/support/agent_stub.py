@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from tests.support.programs import PATIENCE_S
 from xim_protocol.agent_session import AgentConfig, AgentReport, AgentSession, Link
 from xim_protocol.codec import Frames, decode
 from xim_protocol.events import (
@@ -45,7 +46,6 @@ from xim_protocol.messages import (
     Usage,
 )
 
-PATIENCE_S = 20.0
 JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"
 LOST_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED

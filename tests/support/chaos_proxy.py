@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, cast
 
+from tests.support.ports import free_ports
+
 BEHIND_BYTES = 256 * 1024
 """So much may be on its way in one direction; then the proxy reads no more, and TCP holds the sender back."""
 
@@ -45,7 +47,7 @@ class ChaosProxy:
         """Where the target saw each of them come from."""
         self.change_address = False
         """Each further connection comes from an address of its own, as of a machine that moves between networks."""
-        self._port = port
+        self._port = port or free_ports(1)[0]
         self._server: asyncio.Server | None = None
         self._pairs: set[_Pair] = set()
         self._silent = False
@@ -73,7 +75,6 @@ class ChaosProxy:
             listener = socket.socket()
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", self._port))
-            self._port = listener.getsockname()[1]
             self._server = await loop.create_server(lambda: _Near(self), sock=listener, backlog=1024)
 
     def refuse(self) -> None:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -17,6 +18,8 @@ import psutil
 MARK = "XIM_TEST_MARK"
 """A variable that every process of one topology inherits."""
 POLL_S = 0.01
+PATIENCE_S = 60.0
+"""How long a test waits for what must come: a ceiling for a crowded machine, and no word on how long it takes."""
 TAIL_LINES = 60
 
 T = TypeVar("T")
@@ -30,7 +33,7 @@ class NeverHappened(AssertionError):
 async def eventually(condition: Callable[[], Awaitable[T | None]], *, within_s: float = ..., what: str = ...) -> T: ...
 @overload
 async def eventually(condition: Callable[[], T | None], *, within_s: float = ..., what: str = ...) -> T: ...
-async def eventually(condition: Callable[[], Any], *, within_s: float = 20.0, what: str = "") -> Any:
+async def eventually(condition: Callable[[], Any], *, within_s: float = PATIENCE_S, what: str = "") -> Any:
     """The first true result of `condition`, which may be a coroutine function; asked anew every 10 ms.
 
     Raises: NeverHappened after `within_s`; it repeats `what`.
@@ -62,6 +65,16 @@ def marked(mark: str) -> list[psutil.Process]:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+    return found
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; a zombie has ended and waits for whoever is to reap it."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
@@ -111,7 +124,7 @@ class Program:
         assert self.process is not None
         self.process.send_signal(number)
 
-    async def ended(self, within_s: float = 20.0) -> int:
+    async def ended(self, within_s: float = PATIENCE_S) -> int:
         """Its exit status, minus n when signal n ended it, once it has ended."""
         process = self.process
         assert process is not None
@@ -124,7 +137,7 @@ class Program:
             self.send(signal.SIGKILL)
         await self.ended()
 
-    async def terminate(self, within_s: float = 20.0) -> int:
+    async def terminate(self, within_s: float = PATIENCE_S) -> int:
         """SIGTERM; its exit status."""
         if self.running:
             self.send(signal.SIGTERM)
@@ -133,7 +146,7 @@ class Program:
     def reap(self) -> None:
         """Take note that it has ended, however that came about."""
         if self.process is not None:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=PATIENCE_S)
 
     def written(self) -> str:
         """All it has logged so far, over all starts."""

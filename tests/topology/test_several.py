@@ -18,17 +18,18 @@ from sqlalchemy import text
 
 from tests.support.accounts import PROJECTS, Accounts
 from tests.support.fake_vllm_script import expected_text
+from tests.support.ports import HOST
 from tests.support.programs import eventually, marked
 from tests.support.several import SeveralRouters, fresh_database, name_of
-from tests.support.topology import HOST, Node
+from tests.support.topology import Node
 from tests.topology.scripts import body
 from xim_router.control.database import Database
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAT = "/v1/chat/completions"
-SLOW = body(stream=True, chunks=60, text_chars=30, interval_ms=30, seed=5)
-SLOW_TEXT = expected_text(5, 60 * 30)
+SLOW = body(stream=True, chunks=100, text_chars=30, interval_ms=30, seed=5)
+SLOW_TEXT = expected_text(5, 100 * 30)
 QUICK = body(chunks=1, interval_ms=0)
 
 
@@ -129,6 +130,7 @@ async def test_when_one_worker_is_killed_the_other_goes_on_and_it_comes_back(rou
         assert await lasting == SLOW_TEXT
     await routers.each_ready()
     assert routers.running_worker(0).pid != victim.pid
+    await eventually(lambda: len(agent(routers).program.lines("connected")) > links_before, what="it says so")
     assert len(agent(routers).program.lines("connected")) == links_before + 1, "the other link was never lost"
     assert (await ask(routers, QUICK, worker=0)).status_code == 200
 
@@ -187,7 +189,7 @@ async def test_two_workers_fill_one_agent_in_order_and_without_a_busy_loop(prepa
         for worker, tasks in waiting.items():
             answers = await asyncio.gather(*tasks)
             assert [answer.status_code for answer in answers] == [200] * 8
-            served = [line["request"] for line in routers.router.lines("request", outcome="200", worker=worker)]
+            served = [line["request"] for line in await routers.request_lines(8, outcome="200", worker=worker)]
             assert served == [answer.headers["x-request-id"] for answer in answers]
         assert await refusals(routers, node) <= 2 * 16
         assert await messages(routers) - quiet <= 20 * 16
@@ -215,12 +217,13 @@ async def test_a_revoked_agent_is_gone_from_both_workers_within_a_second(routers
     node = await routers.start_node(project=PROJECTS[1])
     await routers.each_ready(2)
     assert (await routers.cli("agent", "revoke", node.agent_id)).status == 0
+    revoked = routers.stopwatch()
 
     async def gone() -> bool:
         counts = [await routers.worker_metric(worker, "xim_router_agents", state="ready") for worker in range(2)]
         return counts == [1, 1]
 
-    await eventually(gone, within_s=1.0, what="both workers closed its sessions")
+    await revoked.within(1.0, gone, what="both workers closed its sessions")
     assert await node.program.ended() == 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.engine.engines import States, fake_vllm, policy
+from tests.support.programs import PATIENCE_S
 from xim_agent.engine.client import EngineBroken, EngineClient, EngineError, EngineResponse, EngineUnavailable
 from xim_agent.engine.process import Engine, EngineState
 
@@ -130,7 +131,7 @@ async def test_leaving_early_closes_the_connection(tmp_path: Path) -> None:
     async with serving(tmp_path, endless) as client:
         async with client.open("GET", "/x", {}, None) as response:
             assert await response.read_chunk() == b"hello"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await closed.wait()
 
 
@@ -238,7 +239,7 @@ async def test_what_a_taker_raises_ends_the_delivery_and_the_connection(tmp_path
             closed.set()
             raise
 
-    async with asyncio.timeout(10), serving(tmp_path, endless) as client:
+    async with asyncio.timeout(PATIENCE_S), serving(tmp_path, endless) as client:
         with pytest.raises(Ended):
             async with client.open("GET", "/", {}, None) as response:
                 await response.deliver(take)

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 from tests.agent.engine.engines import States, fake_vllm, policy
+from tests.support.programs import PATIENCE_S
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.figures import Figures, figures_in, keep_reading
 from xim_agent.engine.process import Engine, EngineState
@@ -42,7 +43,7 @@ def test_what_is_no_metrics_has_none() -> None:
 async def test_they_are_read_while_the_engine_is_ready(tmp_path: Path) -> None:
     states, seen = States(), asyncio.Queue[Figures]()
     command = fake_vllm(tmp_path / "e.sock")
-    async with EngineClient(command.socket_path) as client, asyncio.timeout(30):
+    async with EngineClient(command.socket_path) as client, asyncio.timeout(PATIENCE_S):
         engine = Engine(command, client, policy(), states)
         reading = asyncio.create_task(
             keep_reading(client, 0.05, lambda: engine.state is EngineState.READY, seen.put_nowait)

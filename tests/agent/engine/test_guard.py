@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.programs import PATIENCE_S
 from xim_agent.engine import guard
 
 ROOT = Path(__file__).parents[3]
@@ -50,7 +51,7 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Poll: other processes tell nobody when they end."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -109,7 +110,7 @@ def test_a_killed_agent_leaves_nothing_of_an_engine_that_ignores_sigterm(start: 
 
     agent.send_signal(signal.SIGKILL)
 
-    gone, alive = psutil.wait_procs([*family, psutil.Process(leader)], timeout=20)
+    gone, alive = psutil.wait_procs([*family, psutil.Process(leader)], timeout=PATIENCE_S)
     assert not alive
     assert len(gone) == len(family) + 1
 
@@ -119,28 +120,28 @@ def test_a_daemonised_grandchild_is_ended_too(start: Start) -> None:
     pids = json.loads(line_of(process))
     assert os.getsid(pids[1]) != os.getsid(pids[0])
     close_stdin(process)
-    assert process.wait(20) == 128 + signal.SIGKILL
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGKILL
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 77])
 def test_the_exit_status_is_the_engines(start: Start, status: int) -> None:
-    assert start(guarded(*python(f"raise SystemExit({status})"))).wait(20) == status
+    assert start(guarded(*python(f"raise SystemExit({status})"))).wait(PATIENCE_S) == status
 
 
 def test_an_engine_ended_by_a_signal_is_told_from_an_exit(start: Start) -> None:
     process = start(guarded(*python("import os; os.kill(os.getpid(), 11)")))
-    assert process.wait(20) == 128 + signal.SIGSEGV
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGSEGV
 
 
 def test_a_program_that_does_not_exist_is_127(start: Start) -> None:
-    assert start(guarded("/nowhere/vllm")).wait(20) == 127
+    assert start(guarded("/nowhere/vllm")).wait(PATIENCE_S) == 127
 
 
 def test_a_program_that_may_not_be_run_is_126(start: Start, tmp_path: Path) -> None:
     plain = tmp_path / "vllm"
     plain.write_text("no program")
-    assert start(guarded(str(plain))).wait(20) == 126
+    assert start(guarded(str(plain))).wait(PATIENCE_S) == 126
 
 
 def test_t_asks_the_main_process_and_gives_it_all_the_time_it_needs(start: Start) -> None:
@@ -148,14 +149,14 @@ def test_t_asks_the_main_process_and_gives_it_all_the_time_it_needs(start: Start
     process = start(guarded(*python(code), grace_s=0.0))
     line_of(process)
     tell(process, "T")
-    assert process.wait(20) == 5
+    assert process.wait(PATIENCE_S) == 5
 
 
 def test_k_ends_what_ignores_everything_else(start: Start) -> None:
     process = start(guarded(*python(DAEMON), grace_s=600.0))
     pids = json.loads(line_of(process))
     tell(process, "TK")
-    assert process.wait(20) == 128 + signal.SIGKILL
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGKILL
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
@@ -166,7 +167,7 @@ def test_what_remains_after_the_main_process_is_ended(start: Start) -> None:
     )
     process = start(guarded(*python(code)))
     child = int(line_of(process))
-    assert process.wait(20) == 3
+    assert process.wait(PATIENCE_S) == 3
     assert not psutil.pid_exists(child)
 
 
@@ -174,7 +175,7 @@ def test_the_engine_dies_with_a_killed_guard(start: Start) -> None:
     process = start(guarded(*python("import os, signal; print(os.getpid(), flush=True); signal.pause()")))
     engine = psutil.Process(int(line_of(process)))
     process.kill()
-    engine.wait(20)
+    engine.wait(PATIENCE_S)
 
 
 def test_the_engine_inherits_no_ignored_signal(start: Start) -> None:

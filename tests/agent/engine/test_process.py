@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.agent.engine.engines import States, fake_vllm, policy, python
+from tests.support.programs import PATIENCE_S, alive, eventually
 from xim_agent.engine import guard
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.process import Engine, EngineFailed, EnginePolicy, EngineState, remove_socket
@@ -40,11 +41,6 @@ async def running(
 def family(engine: Engine) -> list[psutil.Process]:
     assert engine.process_group is not None
     return [psutil.Process(pid) for pid in guard.members_of(engine.process_group, guard.processes())]
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; a zombie has ended and waits for whoever is to reap it."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def main_process(engine: Engine) -> psutil.Process:
@@ -141,7 +137,7 @@ async def test_a_start_over_the_ceiling_has_failed_whatever_it_writes(socket_pat
 
 
 async def test_an_engine_that_hangs_is_degraded_and_recovers(socket_path: Path) -> None:
-    limits = policy(health_failures=2, health_timeout_s=0.1)
+    limits = policy(health_failures=2, health_timeout_s=0.5)
     async with running(fake_vllm(socket_path), limits) as (engine, states, _):
         await states.reach(S.READY)
         hanging = main_process(engine)
@@ -153,7 +149,7 @@ async def test_an_engine_that_hangs_is_degraded_and_recovers(socket_path: Path) 
 
 
 async def test_degraded_for_too_long_is_failed_and_started_again(socket_path: Path) -> None:
-    limits = policy(health_failures=1, health_timeout_s=0.1, degraded_to_failed_s=0.2)
+    limits = policy(health_failures=1, health_timeout_s=1.0, degraded_to_failed_s=0.2)
     async with running(fake_vllm(socket_path), limits) as (engine, states, _):
         await states.reach(S.READY)
         main_process(engine).suspend()
@@ -176,7 +172,7 @@ async def test_a_start_is_not_given_the_whole_grace(socket_path: Path) -> None:
     code = "import signal; signal.signal(15, signal.SIG_IGN); signal.pause()"
     async with running(python(socket_path, code)) as (engine, states, task):
         await states.reach(S.STARTING)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await engine.stop(3600.0)
         await task
     assert states.seen == [S.STARTING, S.STOPPING, S.STOPPED]
@@ -228,7 +224,7 @@ async def test_a_killed_guard_takes_the_engine_along(socket_path: Path) -> None:
         assert engine.process_group is not None
         os.kill(engine.process_group, signal.SIGKILL)
         await states.reach(S.READY, times=2)
-    assert not alive(processes)
+        await eventually(lambda: not alive(processes), what="the first engine's processes end")
 
 
 async def test_lines_of_any_length_and_encoding_are_read(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:

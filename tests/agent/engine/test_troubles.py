@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.agent.engine.engines import ENVIRONMENT, States, fake_vllm, policy, python
+from tests.support.programs import PATIENCE_S, alive
 from xim_agent.engine.child import GUARD_GRACE_S
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.process import Engine, EngineFailed, EnginePolicy, EngineState
@@ -29,10 +30,6 @@ def socket_path(tmp_path: Path) -> Path:
     return tmp_path / "run" / "engine.sock"
 
 
-GONE_WITHIN_S = 5.0
-"""How long the processes of an engine that was given up may take to be gone."""
-
-
 @pytest.fixture(autouse=True)
 def no_orphan(socket_path: Path) -> Iterator[None]:
     """Nothing that names this test's socket, the guard with its engine included, runs after the test."""
@@ -41,17 +38,17 @@ def no_orphan(socket_path: Path) -> Iterator[None]:
     left = [process for process in psutil.process_iter() if process.pid not in before]
     left = [process for process in left if is_an_engines(process, str(socket_path))]
     # The guard leaves a moment after what it guarded.
-    _, alive = psutil.wait_procs(left, timeout=GONE_WITHIN_S)
-    assert alive == []
+    _, staying = psutil.wait_procs(left, timeout=PATIENCE_S)
+    assert staying == []
 
 
 def is_an_engines(process: psutil.Process, socket_path: str) -> bool:
-    """It names the socket, is a guard, or is a one-liner whose parent is this process or nobody; and has not ended."""
+    """It names the socket, or is a guard or a one-liner whose parent is this process or nobody; and has not ended."""
     with contextlib.suppress(psutil.Error):
         words = " ".join(process.cmdline())
-        started_here = process.ppid() in {os.getpid(), 1} and words.startswith(sys.executable) and " -c " in words
-        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        return alive and (socket_path in words or f"guard.py {GUARD_GRACE_S}" in words or started_here)
+        is_one_liner = words.startswith(sys.executable) and " -c " in words
+        started_here = process.ppid() in {os.getpid(), 1} and (is_one_liner or f"guard.py {GUARD_GRACE_S}" in words)
+        return bool(alive([process])) and (socket_path in words or started_here)
     return False
 
 
@@ -61,7 +58,7 @@ async def given_up(command: EngineCommand, limits: EnginePolicy | None = None) -
     async with EngineClient(command.socket_path) as client:
         engine = Engine(command, client, limits or policy(), states)
         with pytest.raises(EngineFailed) as failed:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_S):
                 await engine.run()
     assert engine.state is S.FAILED
     assert states.seen[-1] is S.FAILED
@@ -161,9 +158,9 @@ async def test_a_hang_without_output_is_stuck_and_told(socket_path: Path) -> Non
 
 async def test_a_slow_start_that_talks_becomes_ready(socket_path: Path) -> None:
     states = States()
-    talking = fake_vllm(socket_path, "--fake-start-seconds", "2.2")
+    talking = fake_vllm(socket_path, "--fake-start-seconds", "4.5")
     async with EngineClient(socket_path) as client:
-        engine = Engine(talking, client, policy(inactivity_grace_s=1.6), states)
+        engine = Engine(talking, client, policy(inactivity_grace_s=4.0), states)
         task = asyncio.create_task(engine.run())
         await states.reach(S.READY)
         await engine.stop(10.0)
@@ -214,10 +211,10 @@ async def test_a_stop_while_it_loads_ends_it_within_seconds(socket_path: Path) -
     async with EngineClient(socket_path) as client:
         engine = Engine(loading, client, policy(), states)
         task = asyncio.create_task(engine.run())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not engine.progress:
                 await asyncio.wait({task}, timeout=0.02)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await engine.stop(3600.0)
             await task
     assert states.seen == [S.STARTING, S.STOPPING, S.STOPPED]

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import zmq
 from zmq.utils import z85
 
+from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import RouterStub
 from xim_agent.link.connection import Connection
 from xim_agent.link.sockets import CurveKeys, Transport
@@ -49,7 +50,7 @@ class Told:
 
     async def of_type(self, kind: type, count: int = 1) -> AgentEvent:
         """The `count`-th event of this type, as soon as it is there."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 found = [event for event in self.events if isinstance(event, kind)]
                 if len(found) >= count:

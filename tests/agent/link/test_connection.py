@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.agent.link.links import agent, config, curve_keys
+from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
 from xim_agent.link.ends import LinkStopped
@@ -54,7 +55,7 @@ async def test_a_long_answer_goes_on_as_the_client_reads() -> None:
         answer = await router.submit(PROMPT)
         submit = await node.told.request()
         node.writer.start_response(submit.stream, 200, "application/json")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await node.writer.write(submit.stream, body)
         node.writer.end(submit.stream, None)
         await router.until(lambda: answer.over)
@@ -88,7 +89,7 @@ async def test_without_credit_a_write_waits_and_a_cancel_ends_it() -> None:
         assert not writing.done()
         await router.cancel(answer)
         with pytest.raises(StreamGone):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await writing
         await node.told.of_type(StreamCancelled)
 
@@ -111,7 +112,7 @@ async def test_a_link_cut_and_restored_within_the_lease_loses_no_byte() -> None:
                 await asyncio.gather(control.cut(), streaming.cut())
                 await asyncio.gather(control.restore(), streaming.restore())
                 await node.told.of_type(LinkReady, 2)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(PATIENCE_S):
                     await writing
                 node.writer.end(submit.stream, None)
                 await router.until(lambda: answer.over)
@@ -183,7 +184,7 @@ async def test_after_some_goodbyes_it_does_not_come_again(code: GoodbyeCode, rem
         await node.linked()
         await router.goodbye(code)
         with pytest.raises(LinkStopped) as stopped:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await node.task
         assert remedy in stopped.value.remedy
 
@@ -195,7 +196,7 @@ async def test_a_second_process_with_the_same_identity_ends_the_first() -> None:
         async with agent(router, keys=keys, settings=config(instance="instance-2")) as second:
             await second.told.of_type(LinkReady)
             with pytest.raises(LinkStopped, match="superseded"):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE_S):
                     await first.task
 
 
@@ -205,7 +206,7 @@ async def test_a_revoked_key_stops_with_the_remedy() -> None:
         router.admitted[keys.public] = b"400"
         async with agent(router, keys=keys, admit=False) as node:
             with pytest.raises(LinkStopped, match="agent_revoked"):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE_S):
                     await node.task
 
 
@@ -227,7 +228,7 @@ async def test_another_routers_key_is_not_trusted(caplog: pytest.LogCaptureFixtu
 
 
 async def _logged(caplog: pytest.LogCaptureFixture, problem: str) -> logging.LogRecord:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             for record in caplog.records:
                 if getattr(record, "problem", None) == problem:
@@ -274,7 +275,7 @@ async def test_closing_says_goodbye_and_returns() -> None:
     async with RouterStub() as router, agent(router) as node:
         await node.linked()
         node.connection.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await node.task
         await router.until(lambda: len(router.of_type(GoodbyeReceived)) == 1)
         assert router.of_type(GoodbyeReceived) == [GoodbyeReceived(code=GoodbyeCode.LEAVING, message="")]
@@ -311,7 +312,7 @@ async def test_without_the_streaming_socket_everything_crosses_on_control() -> N
         answer = await router.submit(PROMPT)
         submit = await node.told.request()
         node.writer.start_response(submit.stream, 200, "text/event-stream")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await node.writer.write(submit.stream, body)
         node.writer.end(submit.stream, None)
         await router.until(lambda: answer.over)
@@ -327,7 +328,7 @@ async def test_without_flow_control_a_long_answer_crosses_whole() -> None:
         answer = await router.submit(PROMPT)
         submit = await node.told.request()
         node.writer.start_response(submit.stream, 200, "text/event-stream")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             for start in range(0, len(body), 50_000):
                 await node.writer.write(submit.stream, body[start : start + 50_000])
         node.writer.end(submit.stream, None)

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
 from tests.agent.link.enrollments import FakeRouter, refusal, router
+from tests.support.programs import PATIENCE_S
 from xim_agent.link import enrollment
 from xim_agent.link.credentials import CredentialsError, CredentialStore
 from xim_agent.link.enrollment import Enroller, EnrollmentFailed, NodeFacts, NotEnrolled
@@ -225,7 +226,7 @@ async def test_the_token_is_kept_fresh_through_failures_until_it_is_refused(open
         enroller = await enrolled(opened, fake)
         fake.answers = [None, None, None, web.Response(status=500)]
         with pytest.raises(EnrollmentFailed) as failed:
-            await asyncio.wait_for(enroller.keep_fresh(), 30)
+            await asyncio.wait_for(enroller.keep_fresh(), PATIENCE_S)
     assert failed.value.code == EnrollmentCode.REFRESH_TOKEN_REUSED
     used = [body["refresh_token"] for path, body in fake.requests if path.endswith("refresh")]
     assert used == ["refresh-secret-1"] * 5 + [f"refresh-secret-{n}" for n in (2, 3, 4)]
@@ -239,7 +240,7 @@ async def test_credentials_that_cannot_be_stored_now_do_not_end_the_agent(
         enroller = await enrolled(opened, fake)
         block_writing(tmp_path / "config")
         with pytest.raises(EnrollmentFailed):
-            await asyncio.wait_for(enroller.keep_fresh(), 30)
+            await asyncio.wait_for(enroller.keep_fresh(), PATIENCE_S)
     assert caplog.text.count("refreshed credentials cannot be stored") == 3
     assert enroller.stored is not None
     assert enroller.stored.enrollment.refresh_token == "refresh-secret-1"

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from tests.support.programs import PATIENCE_S
 from tests.support.wire import Wire
 from xim_agent.link.writer import FULL_BYTES, StreamGone, StreamWriter
 from xim_protocol.agent_session import AgentSession
@@ -123,7 +124,7 @@ async def test_a_write_beyond_credit_waits_for_it_and_says_so() -> None:
         written.wire.router.consumed(each, 65_536)
     written.wire.settle()
     written.writer.credited([stream])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await writing
 
 
@@ -136,7 +137,7 @@ async def test_a_write_to_a_stream_that_is_gone_says_so() -> None:
     written.session.handle_timeout(1e9)  # the lease is over
     written.writer.gone(stream)
     with pytest.raises(StreamGone):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await writing
     with pytest.raises(StreamGone):
         await written.writer.write(stream, b"more")
@@ -151,5 +152,5 @@ async def test_without_flow_control_a_full_socket_is_the_brake() -> None:
     assert not writing.done()
     written.full = False
     written.writer.linked()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await writing

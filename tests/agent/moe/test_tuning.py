@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.agent.moe.test_configs import CONFIG, SHAPE
+from tests.support.programs import PATIENCE_S, alive, eventually
 from xim_agent.moe.configs import ConfigFolder, Found
 from xim_agent.moe.tuning import Outcome, TunerCommand, arguments_of, tune
 from xim_agent.vllm_plugin import xim_vllm_tuner as tuner
@@ -78,7 +79,7 @@ async def test_it_gives_way_to_everybody_and_ends_with_the_agent(tmp_path: Path)
         "signal.pause()"
     )
     task = asyncio.create_task(tune(SHAPE, folder(tmp_path), command(code)))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while not await asyncio.to_thread(started.exists):
             await asyncio.wait({task}, timeout=0.02)
     processes = [psutil.Process(int(pid)) for pid in (await asyncio.to_thread(started.read_text)).split()]
@@ -86,8 +87,7 @@ async def test_it_gives_way_to_everybody_and_ends_with_the_agent(tmp_path: Path)
     task.cancel()
     await asyncio.wait({task})
     assert task.cancelled()
-    psutil.wait_procs(processes, timeout=10)
-    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    await eventually(lambda: not alive(processes), what="the tuner and its child end")
 
 
 def test_the_tuner_takes_what_the_agent_passes() -> None:

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import make_url, text
 
 from tests.router.control.plane_under_test import START, Clock, Node, PlaneUnderTest
+from tests.support.programs import PATIENCE_S
 from xim_protocol.ids import AgentId, ProjectId
 from xim_router.control.database import Database
 from xim_router.control.errors import KeyFileUnusable, SecretKeyMismatch
@@ -66,7 +67,7 @@ async def test_the_running_plane_polls_by_itself(under_test: PlaneUnderTest, ano
     running = asyncio.create_task(under_test.plane.run())
     await another_process.accounts.create_project("demo")
     await another_process.accounts.create_endpoint("demo", "tiny", "Tiny-1B", task_mode=TaskMode.EMBED)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not under_test.catalog.endpoints:
             await asyncio.wait([running], timeout=0.05)
     running.cancel()

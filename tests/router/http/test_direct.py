@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from tests.support.programs import PATIENCE_S
 from xim_router.app import _Server
 from xim_router.http.direct import ChunkWriter, NoDirectWay, UvicornWriter, chunk_writer
 
@@ -37,7 +38,7 @@ async def fetch(port: int, request: bytes) -> bytes:
     """Everything the server answers on one connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         answer = await reader.read()
     writer.close()
     await writer.wait_closed()
@@ -106,7 +107,7 @@ async def test_a_client_that_takes_nothing_stops_the_direct_way() -> None:
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client, ("127.0.0.1", port))
         await loop.sock_sendall(client, GET)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await stopped.wait()
         client.close()
 

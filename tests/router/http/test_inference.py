@@ -12,6 +12,7 @@ from tests.router.http.tenants import CHAT
 from tests.router.link.rig import KEY, Rig
 from tests.support.agent_stub import SSE, Work, hold
 from tests.support.http_client import open_call, request_bytes
+from tests.support.programs import PATIENCE_S
 from xim_protocol.routes import ROUTES
 
 EMPTY = {"model": "chat"}
@@ -118,7 +119,7 @@ async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes() -> 
 async def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large() -> None:
     async with Rig("a", max_body_bytes=1_000_000) as rig:
         call = await rig.call(b"", transfer_encoding="chunked", content_type="application/json")
-        async with call, asyncio.timeout(20):
+        async with call, asyncio.timeout(PATIENCE_S):
             answered = asyncio.create_task(call.rest())
             sent = 0
             while not answered.done():

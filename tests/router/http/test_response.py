@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from starlette.types import Message
 
+from tests.support.programs import PATIENCE_S
 from xim_protocol.messages import FailCode
 from xim_protocol.routes import ROUTES_BY_PATH
 from xim_router.dispatch.effects import Rejection
@@ -93,7 +94,7 @@ class Case:
 
     async def settled(self) -> None:
         """Return when nothing is held any more."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while self.hot.buffered_bytes:
                 await self.client.took()
 

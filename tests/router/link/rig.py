@@ -19,6 +19,7 @@ from zmq.utils import z85
 from tests.router.http.tenants import ACME, CATALOG, CHAT, NOW, hash_key
 from tests.support.agent_stub import AgentStub, Dial
 from tests.support.http_client import Call, open_call, request_bytes
+from tests.support.programs import PATIENCE_S
 from tests.support.tcp_proxy import TcpProxy
 from xim_protocol.errors import FaultReason
 from xim_protocol.ids import AgentId
@@ -42,7 +43,6 @@ from xim_router.telemetry.metrics import RouterMetrics
 
 KEY = "xero_acme_any"
 CHAT_PATH = "/v1/chat/completions"
-PATIENCE_S = 20.0
 
 
 async def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import SSE, AgentStub, Work, hold
 from tests.support.http_client import Unfinished
+from tests.support.programs import PATIENCE_S
 from tests.support.tcp_proxy import TcpProxy
 from xim_protocol.agent_config import hello_of
 from xim_protocol.codec import encode
@@ -241,7 +242,7 @@ async def test_another_process_with_the_same_identity_supersedes_the_first() -> 
 async def test_a_silent_agent_loses_its_lease_and_is_told_so() -> None:
     async with Rig("a") as rig, rig.agent("a", lease_s=0.5) as agent:
         agent.silent = True
-        await until(lambda: rig.link("a") is None, patience_s=3)
+        await until(lambda: rig.link("a") is None)
         assert rig.count("xim_router_lease_expired_total") == 1
         assert rig.agent_statistics("a").standing is Standing.ABSENT
         await agent.until(lambda: agent.lost)
@@ -262,7 +263,7 @@ async def test_a_renew_without_a_session_is_answered_expired() -> None:
         socket.connect(agent.dial.control)
         try:
             socket.send_multipart(encode(Renew(state=AgentState.READY, capacity=1, in_flight=0)))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await socket.recv_multipart() == encode(Expired())
         finally:
             socket.close(linger=0)
@@ -395,7 +396,7 @@ async def test_an_agent_that_speaks_no_common_version_is_told_which_ones_there_a
         hello[1] = [2, 3]
         try:
             stranger.send_multipart([msgpack.packb(hello)])
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 kind, code, text = msgpack.unpackb((await stranger.recv_multipart())[0])
         finally:
             stranger.close(linger=0)

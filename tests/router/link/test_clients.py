@@ -7,6 +7,8 @@ import pytest
 
 from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import SSE, AgentStub, Work, hold
+from tests.support.programs import PATIENCE_S
+from tests.support.stopwatch import Stopwatch
 from xim_protocol.messages import CancelReason, FlowControl
 
 DONE = b"data: [DONE]\n\n"
@@ -29,6 +31,13 @@ async def endless(work: Work) -> None:
         await asyncio.sleep(0)
 
 
+async def cancelled_within_a_second(work: Work) -> None:
+    """Return when the agent has heard that the client, which left just now, left."""
+    left = Stopwatch()
+    await work.agent.until(lambda: work.cancelled is not None)
+    left.check(1.0, "the work is cancelled")
+
+
 # --- Leaving -------------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +57,7 @@ async def test_a_client_that_leaves_before_the_first_byte_cancels_the_work() -> 
     async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
         async with await rig.call():
             work = await agent.work()
-        await agent.until(lambda: work.cancelled is not None, patience_s=1)
+        await cancelled_within_a_second(work)
         assert work.cancelled is CancelReason.CLIENT_LEFT
         await rig.idle()
         assert rig.count("xim_router_client_disconnects_total", phase="dispatched") == 1
@@ -59,8 +68,7 @@ async def test_a_client_that_leaves_mid_stream_cancels_the_work_and_the_next_one
         async with await rig.call() as leaving:
             await leaving.head()
             await leaving.until(b"0000000100\n\n")
-        work = await agent.work()
-        await agent.until(lambda: work.cancelled is not None, patience_s=1)
+        await cancelled_within_a_second(await agent.work())
         agent.serve = lambda work: work.answer(work.body)
         assert (await rig.ask()).status == 200
         assert rig.count("xim_router_client_disconnects_total", phase="answering") == 1
@@ -73,7 +81,7 @@ async def test_a_client_that_leaves_a_whole_answer_half_made_cancels_the_work() 
             work.start()
             await work.write(b'{"half": ')
             await until(lambda: rig.metrics.hot.buffered_bytes == 9)
-        await agent.until(lambda: work.cancelled is not None, patience_s=1)
+        await cancelled_within_a_second(work)
         await rig.idle()
 
 
@@ -153,7 +161,7 @@ async def test_a_client_that_takes_nothing_for_too_long_is_cut_off_and_its_work_
         await rig.idle()
         assert rig.count("xim_router_client_stalled_total") == 1
         # Its connection is gone as well: what the kernel still holds is all that it can read.
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while await slow.reader.read(65_536):
                 pass
 

@@ -9,6 +9,7 @@ import zmq
 
 from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import SSE, AgentStub, Work, hold
+from tests.support.programs import PATIENCE_S
 from xim_protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, Frames, encode, encode_batch
 from xim_protocol.errors import FaultReason
 from xim_protocol.messages import Attach, Channel, EntryKind, GoodbyeCode, Renewed
@@ -177,7 +178,7 @@ async def test_garbage_from_a_peer_without_a_session_shuts_its_connection() -> N
         stranger.connect(agent.dial.streaming)
         try:
             stranger.send_multipart([b"\xc1"])
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await monitor.recv_multipart()
         finally:
             stranger.disable_monitor()

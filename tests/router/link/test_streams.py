@@ -7,6 +7,7 @@ import pytest
 from tests.router.link.rig import Rig
 from tests.support.agent_stub import Work
 from tests.support.http_client import Unfinished
+from tests.support.programs import PATIENCE_S
 from xim_protocol.messages import FailCode
 
 DONE = b"data: [DONE]\n\n"
@@ -32,7 +33,7 @@ async def test_a_plain_body_that_breaks_off_after_its_first_byte_closes_the_conn
         work.fail(FailCode.ENGINE_BROKEN)
 
     async with Rig("a", response_buffer_bytes=65_536) as rig, rig.agent("a", serve=serve), await rig.call() as call:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(Unfinished):
                 await call.rest()
         assert call.status == 200
