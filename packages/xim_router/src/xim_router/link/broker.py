@@ -78,6 +78,7 @@ class Broker:
         self._loop = asyncio.get_running_loop()
         self._leases = LeaseTable()
         self._links = Links(self._loop, self.lose_link)
+        self.on_accepted = self._links.accepted
         self._reception = Reception(self, self._links, journal)
         self._exchanges: dict[RequestId, Exchange] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -91,6 +92,8 @@ class Broker:
 
     def publish(self, catalog: Catalog) -> None:
         """Take over a new snapshot: revoked and suspended agents end at once, assignments and routers are told."""
+        if catalog.revoked_curve_keys - self.catalog.revoked_curve_keys:
+            self._links.shut_unattached()
         self.catalog = catalog
         if catalog.routers:
             self.routers = catalog.routers

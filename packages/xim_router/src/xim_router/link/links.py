@@ -18,6 +18,10 @@ LATER_S = 0.01
 """How long an agent may remember a closed stream, so that short requests need no message for it alone."""
 SHUT_DELAY_S = 0.2
 """Between a Goodbye and the end of its TCP connection, so that the Goodbye arrives."""
+UNATTACHED_S = 20.0
+"""How long a connection may belong to no link: an agent gives up what brings no Welcome, or no Attached, in 10 s."""
+REVOKED_UNATTACHED_S = 0.5
+"""The same when somebody was revoked: time enough for others to say Hello and Attach."""
 
 
 class Links:
@@ -31,6 +35,7 @@ class Links:
         self._by_agent: dict[AgentId, AgentLink] = {}
         self._bound: dict[Channel, dict[RoutingId, AgentLink]] = {channel: {} for channel in Channel}
         self._shutting: set[tuple[Channel, int]] = set()
+        self._unattached: dict[tuple[Channel, int], asyncio.TimerHandle] = {}
         self._touched: dict[AgentLink, None] = {}
         self._flush_scheduled = False
 
@@ -69,6 +74,7 @@ class Links:
         """One half of `link` runs over this connection."""
         link.routing_ids[channel] = routing_id
         link.descriptors[channel] = descriptor
+        self._attached(channel, descriptor)
         self._bound[channel][routing_id] = link
         if channel is Channel.CONTROL:
             self._watch(link, routing_id)
@@ -86,11 +92,48 @@ class Links:
     def disconnected(self, channel: Channel, descriptor: int) -> AgentLink | None:
         """A TCP connection is gone; returns the link it belonged to, if that still counts."""
         self._shutting.discard((channel, descriptor))
+        self._attached(channel, descriptor)
         for link in self._by_agent.values():
             if link.descriptors.get(channel) == descriptor:
                 del link.descriptors[channel]
                 return link
         return None
+
+    # --- Connections of no link ------------------------------------------------------------------------------------
+
+    @property
+    def unattached(self) -> int:
+        """Connections that belong to no link."""
+        return len(self._unattached)
+
+    def accepted(self, channel: Channel, descriptor: int) -> None:
+        """A connection came; it must become part of a link in time."""
+        self._give_time(channel, descriptor, UNATTACHED_S)
+
+    def shut_unattached(self) -> None:
+        """Somebody was revoked, whose connections may be among those that said nothing yet."""
+        for channel, descriptor in list(self._unattached):
+            self._give_time(channel, descriptor, REVOKED_UNATTACHED_S)
+
+    def _give_time(self, channel: Channel, descriptor: int, time_s: float) -> None:
+        self._attached(channel, descriptor)
+        handle = self._loop.call_later(time_s, self._shut_unattached, channel, descriptor)
+        self._unattached[channel, descriptor] = handle
+
+    def _attached(self, channel: Channel, descriptor: int) -> None:
+        handle = self._unattached.pop((channel, descriptor), None)
+        if handle is not None:
+            handle.cancel()
+
+    def _shut_unattached(self, channel: Channel, descriptor: int) -> None:
+        mine = self._unattached.get((channel, descriptor))
+        self.transport.read_monitors()
+        # Listed by the same timer still: no event reported it gone, and the number is not another connection's by now.
+        if self._unattached.get((channel, descriptor)) is mine:
+            del self._unattached[channel, descriptor]
+            self.transport.shut_connection(descriptor)
+
+    # --- Silence ---------------------------------------------------------------------------------------------------
 
     def _watch(self, link: AgentLink, control: RoutingId) -> None:
         """Give a link up when the agent falls silent; ends with the link's control connection."""

@@ -38,7 +38,8 @@ SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 RoutingId = bytes
 
 _MONITORED = (
-    zmq.EVENT_DISCONNECTED
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -75,6 +76,9 @@ class Receiver(Protocol):
         self, channel: Channel, routing_id: RoutingId, agent: AgentId, descriptor: Callable[[], int], frames: int
     ) -> None:
         """A message with too many frames; they were thrown away."""
+
+    def on_accepted(self, channel: Channel, descriptor: int) -> None:
+        """There is a new TCP connection `descriptor`; whose it is, its handshake and its messages tell."""
 
     def on_disconnected(self, channel: Channel, descriptor: int) -> None:
         """The TCP connection `descriptor` is gone."""
@@ -248,7 +252,9 @@ class Transport:
             except zmq.Again:
                 return
             kind: int = event["event"]
-            if kind == zmq.EVENT_DISCONNECTED:
+            if kind == zmq.EVENT_ACCEPTED:
+                self._receiver.on_accepted(channel, int(event["value"]))
+            elif kind == zmq.EVENT_DISCONNECTED:
                 self._receiver.on_disconnected(channel, int(event["value"]))
             else:
                 failures = {
@@ -287,8 +293,10 @@ class Transport:
     def shut_connection(self, descriptor: int) -> None:
         """Shut the TCP connection `descriptor`; libzmq sees its end and forgets the peer.
 
-        Only for a descriptor that no monitor event has reported as gone.
+        Only for a descriptor that no monitor event has reported as gone; after `close` its number may be anybody's.
         """
+        if self._closed:
+            return
         try:
             # fromfd duplicates, so libzmq's own descriptor stays its own to close.
             with stdlib_socket.fromfd(descriptor, stdlib_socket.AF_INET, stdlib_socket.SOCK_STREAM) as connection:

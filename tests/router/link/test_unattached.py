@@ -1,0 +1,78 @@
+"""Connections that belong to no link: those of a revoked agent are shut with the others, idle ones in a while."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from tests.router.link.rig import Rig, until
+from tests.support.agent_stub import AgentStub, Dial
+from xim_router.link import links
+
+
+class Idle:
+    """A connection that finished its handshake and says nothing."""
+
+    def __init__(self, monitor: "zmq.asyncio.Socket") -> None:
+        self._monitor = monitor
+
+    async def next_event(self) -> int:
+        """The next thing that happens to it."""
+        return int(parse_monitor_message(await self._monitor.recv_multipart())["event"])
+
+
+@contextlib.asynccontextmanager
+async def idle(dial: Dial, channel: str) -> AsyncIterator[Idle]:
+    """One more connection of an agent's, beside its link or without one."""
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    socket.curve_publickey, socket.curve_secretkey = dial.keys
+    socket.curve_serverkey = dial.server_key
+    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    try:
+        socket.connect(getattr(dial, channel))
+        connection = Idle(monitor)
+        assert await connection.next_event() == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        yield connection
+    finally:
+        socket.disable_monitor()
+        socket.close(linger=0)
+        monitor.close(linger=0)
+        context.term()
+
+
+@pytest.mark.parametrize("channel", ["control", "streaming"])
+@pytest.mark.parametrize("linked", [True, False], ids=["beside its link", "without a link"])
+async def test_every_connection_of_a_revoked_agent_is_shut(channel: str, linked: bool) -> None:
+    async with Rig("a", "b") as rig, rig.agent("b"), contextlib.AsyncExitStack() as stack:
+        if linked:
+            await stack.enter_async_context(rig.agent("a"))
+        async with idle(rig.dial("a"), channel) as connection:
+            rig.revoke("a")
+            assert await connection.next_event() == zmq.EVENT_DISCONNECTED
+        assert rig.serving("b")
+
+
+async def test_a_revocation_costs_no_other_agent_its_link_not_even_one_that_is_dialling() -> None:
+    async with Rig("a", "b") as rig, idle(rig.dial("a"), "control") as connection, AgentStub(rig.dial("b")) as b:
+        # Its sockets are connecting in this very moment.
+        rig.revoke("a")
+        await b.opened()
+        assert await connection.next_event() == zmq.EVENT_DISCONNECTED
+        assert rig.serving("b")
+        assert not b.lost
+
+
+async def test_a_connection_that_never_becomes_part_of_a_link_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "UNATTACHED_S", 1.0)
+    async with Rig("a") as rig, rig.agent("a") as agent:
+        for channel in ("control", "streaming"):
+            async with idle(agent.dial, channel) as connection:
+                assert await connection.next_event() == zmq.EVENT_DISCONNECTED
+        assert rig.serving("a")
+        assert not agent.lost
+        await until(lambda: not rig.broker._links.unattached)
