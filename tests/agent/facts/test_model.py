@@ -73,6 +73,22 @@ def test_the_computed_count_is_the_published_one(name: str, billions: float, dig
     assert round(parameters / 1e9, digits) == billions
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gemma-3-27b-it", 27_009_346_304),
+        ("glm-4.7", 352_797_814_784 + 89 * 160),  # and the router's biases, which are no parameters there
+        ("qwen3-next-80b-a3b", 79_674_391_296),
+        ("qwen3.5-9b", 8_953_803_264),
+        ("qwen3.5-27b", 26_895_998_464),
+        ("qwen3.5-35b-a3b", 34_660_610_688),
+    ],
+)
+def test_the_computed_count_is_that_of_the_modules_in_transformers(name: str, parameters: int) -> None:
+    # Counted in transformers 5.19: the text model built from the same config.json on the meta device.
+    assert published(name).parameters == parameters
+
+
 def test_a_mixture_with_latent_attention() -> None:
     facts = published("deepseek-v3")
     assert facts.mla == MlaFacts(kv_lora_rank=512, qk_rope_head_dim=64)

@@ -54,7 +54,7 @@ def _counted(config: Config, model_type: str) -> int | None:
     layers = sum(
         (_linear(config) if kind == LINEAR else _attention(config, model_type))
         + _feed_forward(config, model_type, number)
-        + _norms(config, model_type)
+        + _norms(config, model_type, kind)
         for number, kind in enumerate(named)
     )
     return _embeddings(config, model_type) + layers
@@ -84,9 +84,11 @@ def tied_embeddings(config: Config, model_type: str) -> bool:
     return config.flag("tie_word_embeddings", default=model_type in _TIED_BY_DEFAULT)
 
 
-def _norms(config: Config, model_type: str) -> int:
+def _norms(config: Config, model_type: str, kind: str) -> int:
     each = 4 if model_type in {"gemma2", "gemma3_text"} else 2
-    return each * config.required("hidden_size") + (2 * head_dim(config) if model_type in _QK_NORM else 0)
+    normed = model_type in _QK_NORM or config.flag("use_qk_norm")
+    heads = 2 * head_dim(config) if normed and kind != LINEAR else 0
+    return each * config.required("hidden_size") + heads
 
 
 def _attention(config: Config, model_type: str) -> int:
