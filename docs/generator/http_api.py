@@ -2,7 +2,9 @@
 
 from docs.generator.markdown import code, page, table
 from xim_protocol.routes import ROUTES, Route, TerminalEvent
+from xim_router.dispatch.catalog import TaskMode
 from xim_router.http.inference import RELAYED_HEADERS
+from xim_router.http.task_mode import TASK_MODES
 
 _INTRO = """\
 The router serves clients, enrolling agents and probes on one listener (`XEROTIER_ROUTER_HTTP_HOST`, `_HTTP_PORT`),
@@ -23,9 +25,11 @@ Two URL forms:
   informational. A project is named by its id (`proj_...`), which `xerotier-router project list` shows."""
 
 _AFTER = """\
-*Ends with* is the event by which a complete stream ends; a stream that ends otherwise was cut off. *Salt* says
-whether the engine knows `cache_salt` on this route. Where it does not, nothing keeps two projects apart in the
-prefix cache, so a node serves such routes to the first project that asks, until its engine is started anew.
+*Task mode* is that of the endpoints that answer the route, given when one is made (`xerotier-router endpoint create
+--task-mode`); any other is answered 400 `task_mode_mismatch`. *Ends with* is the event by which a complete stream
+ends; a stream that ends otherwise was cut off. *Salt* says whether the engine knows `cache_salt` on this route. Where
+it does not, nothing keeps two projects apart in the prefix cache, so a node serves such routes to the first project
+that asks, until its engine is started anew.
 
 `previous_response_id` (Responses API) needs an endpoint that one agent alone serves, since stored responses live in
 one engine's memory; otherwise it is answered 400.
@@ -74,7 +78,7 @@ def http_api_page() -> str:
         _INTRO,
         "## Relayed routes",
         _RELAYED,
-        table(("path", "may stream, ends with", "salt"), [_row(route) for route in ROUTES]),
+        table(("path", "task mode", "may stream, ends with", "salt"), [_row(route) for route in ROUTES]),
         _AFTER.format(headers=headers),
         "## The router's own routes",
         table(("method", "path", "needs", "answers"), small),
@@ -83,4 +87,6 @@ def http_api_page() -> str:
 
 
 def _row(route: Route) -> tuple[str, ...]:
-    return code(route.path), _ENDS[route.terminal], "yes" if route.cache_salt else "no"
+    modes = TASK_MODES[route.path]
+    answered = "any" if modes == set(TaskMode) else ", ".join(code(mode.value) for mode in TaskMode if mode in modes)
+    return code(route.path), answered, _ENDS[route.terminal], "yes" if route.cache_salt else "no"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.support.load import GENERATING, Route
 from tests.support.stopwatch import Stopwatch
 from tests.support.topology import Node, Topology
 from xim_protocol.routes import ROUTES
+from xim_router.dispatch.catalog import TaskMode
+from xim_router.http.task_mode import TASK_MODES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -59,6 +62,25 @@ async def topology(accounts: Accounts) -> AsyncIterator[Topology]:
     async with Topology(accounts) as made:
         await made.start_node(MAX_CONCURRENT="1")
         yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def topologies(
+    topology: Topology, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[dict[TaskMode, Topology]]:
+    """The same for each task mode: an agent serves one endpoint, and an endpoint the routes of its task mode."""
+    made = {TaskMode.GENERATE: topology}
+    async with AsyncExitStack() as stack:
+        for mode in (TaskMode.EMBED, TaskMode.SCORE):
+            accounts = Accounts.prepare(tmp_path_factory.mktemp(mode.value) / "router", task_mode=mode)
+            made[mode] = await stack.enter_async_context(Topology(accounts))
+            await made[mode].start_node(MAX_CONCURRENT="1")
+        yield made
+
+
+def task_mode_of(path: str) -> TaskMode:
+    """The first task mode that answers `path`."""
+    return next(mode for mode in TaskMode if mode in TASK_MODES[path])
 
 
 async def in_use(topology: Topology) -> None:
@@ -142,7 +164,8 @@ async def call(topology: Topology, path: str, fields: dict[str, Any], **script: 
 
 
 @pytest.mark.parametrize("path", COMPUTING)
-async def test_leaving_a_route_that_computes(topology: Topology, path: str) -> None:
+async def test_leaving_a_route_that_computes(topologies: dict[TaskMode, Topology], path: str) -> None:
+    topology = topologies[task_mode_of(path)]
     before = len(topology.router.lines("request"))
     async with await call(topology, path, COMPUTING[path], first_ms=60_000):
         await in_use(topology)
@@ -153,11 +176,12 @@ async def test_leaving_a_route_that_computes(topology: Topology, path: str) -> N
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("path", [route.path for route in ROUTES])
-async def test_leaving_while_parked(topology: Topology, path: str, stream: bool) -> None:
+async def test_leaving_while_parked(topologies: dict[TaskMode, Topology], path: str, stream: bool) -> None:
+    topology = topologies[task_mode_of(path)]
     bodies = {route.path: route.body("hello") for route in GENERATING} | COMPUTING
     (node,) = topology.nodes
     lines_before = len(topology.router.lines("request"))
-    holder = await load_on(topology).open(chunks=CHUNKS, text_chars=CHARS, hang_after=1)
+    holder = await call(topology, path, bodies[path], first_ms=60_000)
     await in_use(topology)
     before = await topology.engine_metric(node, "vllm:prompt_tokens_total")
     async with await call(topology, path, {**bodies[path], "stream": stream}):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.programs import clean_environment
+from xim_router.dispatch.catalog import TaskMode
 
 BINARIES = Path(sys.executable).parent
 ENDPOINT = "tiny"
@@ -81,7 +82,14 @@ class Accounts:
     """They enroll as many agents as a test likes."""
 
     @classmethod
-    def prepare(cls, data_dir: Path, database_url: str = "", projects: Sequence[str] = PROJECTS) -> "Accounts":
+    def prepare(
+        cls,
+        data_dir: Path,
+        database_url: str = "",
+        projects: Sequence[str] = PROJECTS,
+        *,
+        task_mode: TaskMode = TaskMode.GENERATE,
+    ) -> "Accounts":
         """Projects, endpoints and keys by the router's own commands, in a fresh data directory."""
         environment = clean_environment(
             XEROTIER_ROUTER_DATA_DIR=str(data_dir), XEROTIER_ROUTER_DATABASE_URL=database_url
@@ -91,7 +99,7 @@ class Accounts:
             of_project = ("create", "--project", project)
             made = router_commands(
                 ("project", "create", "--slug", project),
-                ("endpoint", *of_project, "--slug", ENDPOINT, "--model", "XIM-Tiny"),
+                ("endpoint", *of_project, "--slug", ENDPOINT, "--model", "XIM-Tiny", "--task-mode", task_mode.value),
                 ("key", *of_project, "--name", "tests"),
                 ("join-key", *of_project, "--max-uses", "1000"),
                 environment=environment,

@@ -29,6 +29,7 @@ from xim_router.http.request import (
     read_head,
 )
 from xim_router.http.response import HttpResponse, ResponseBuffers
+from xim_router.http.task_mode import check_task_mode
 from xim_router.link.broker import Broker
 from xim_router.link.exchange import Exchange
 
@@ -118,6 +119,7 @@ class Inference:
             return
         head = read_head(body)
         endpoint = resolve_endpoint(self._broker.catalog, principal, project, slug, head.model)
+        check_task_mode(route, endpoint)
         self._check_continuation(head, endpoint)
         ids: RequestIds = scope["state"]["request_ids"]
         exchange: Exchange
