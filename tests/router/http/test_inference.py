@@ -14,6 +14,7 @@ from tests.support.agent_stub import SSE, Work, hold
 from tests.support.http_client import open_call, request_bytes
 from tests.support.programs import PATIENCE_S
 from xim_protocol.routes import ROUTES
+from xim_router.http.task_mode import TASK_MODES
 
 EMPTY = {"model": "chat"}
 
@@ -36,8 +37,10 @@ async def answer_stream(work: Work) -> None:
 @pytest.mark.parametrize("path", [route.path for route in ROUTES])
 async def test_every_relayed_route_reaches_the_engine_in_both_forms(prefix: str, path: str) -> None:
     body = {"model": "chat", "input": ["a", "b"]}
-    async with Rig("a") as rig, rig.agent("a") as agent:
-        call = await rig.ask(body, path=prefix + path)
+    async with Rig("a") as rig:
+        rig.set_task_mode(min(TASK_MODES[path]))
+        async with rig.agent("a") as agent:
+            call = await rig.ask(body, path=prefix + path)
         assert (call.status, call.json()) == (200, body)
         submit = agent.works[0].submit
         assert (submit.path, submit.method, submit.project) == (path, "POST", CHAT.project)

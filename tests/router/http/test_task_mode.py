@@ -1,11 +1,7 @@
 """An endpoint answers the routes of its task mode; every other is refused at once, with what it needs."""
 
-import dataclasses
-from types import MappingProxyType
-
 import pytest
 
-from tests.router.http.tenants import CHAT
 from tests.router.link.rig import Rig
 from tests.support.agent_stub import Work
 from xim_protocol.routes import ROUTES, ROUTES_BY_PATH
@@ -33,8 +29,7 @@ def test_every_relayed_route_has_its_task_modes() -> None:
 @pytest.mark.parametrize("mode", TaskMode, ids=str)
 async def test_an_endpoint_answers_the_routes_of_its_task_mode_and_no_other(mode: TaskMode) -> None:
     async with Rig("a") as rig:
-        endpoint = dataclasses.replace(CHAT, task_mode=mode)
-        rig.publish(endpoints=MappingProxyType({**rig.catalog.endpoints, CHAT.endpoint: endpoint}))
+        rig.set_task_mode(mode)
         async with rig.agent("a", serve=answer) as agent:
             found = {route.path: await rig.ask({"model": "chat"}, path=route.path) for route in ROUTES}
             answered = {path for path, call in found.items() if call.status == 200}

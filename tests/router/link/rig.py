@@ -24,7 +24,7 @@ from tests.support.tcp_proxy import TcpProxy
 from xim_protocol.errors import FaultReason
 from xim_protocol.ids import AgentId
 from xim_router.app import _http_config, _Server
-from xim_router.dispatch.catalog import RegisteredAgent
+from xim_router.dispatch.catalog import RegisteredAgent, TaskMode
 from xim_router.dispatch.dispatcher import Dispatcher
 from xim_router.dispatch.roster import Standing
 from xim_router.dispatch.statistics import AgentStatistics
@@ -184,6 +184,11 @@ class Rig:
             agents=MappingProxyType({**self.catalog.agents, AgentId(name): registered}),
             agents_by_curve_key=MappingProxyType({**self.catalog.agents_by_curve_key, key: AgentId(name)}),
         )
+
+    def set_task_mode(self, mode: TaskMode) -> None:
+        """Make the endpoint `chat` one of this task mode."""
+        endpoint = dataclasses.replace(CHAT, task_mode=mode)
+        self.publish(endpoints=MappingProxyType({**self.catalog.endpoints, CHAT.endpoint: endpoint}))
 
     def revoke(self, name: str) -> None:
         """Revoke the credentials of `name`."""
