@@ -128,7 +128,8 @@ def test_lmcache_has_a_file_with_memory_and_disk() -> None:
     found = decision(plan, "KV offload")
     assert words(found) == f'{TRANSFER_FLAG} {{"kv_connector":"LMCacheConnectorV1","kv_role":"kv_both"}}'
     (file,) = plan.files
-    assert dict(found.environment) == {"LMCACHE_CONFIG_FILE": str(file.path)}
+    assert dict(found.environment) == {"LMCACHE_CONFIG_FILE": str(file.path), "PYTHONHASHSEED": "0"}
+    assert "takes no notice of cache_salt" in found.warning
     assert str(file.path) == "/var/lib/inference/.config/xerotier/lmcache_config.yaml"
     assert file.content == (
         "chunk_size: 256\n"

@@ -23,6 +23,13 @@ LMCACHE_FILE = "lmcache_config.yaml"
 LMCACHE_VARIABLE = "LMCACHE_CONFIG_FILE"
 LMCACHE_CHUNK_TOKENS = 256
 """LMCache's own default."""
+SAME_HASHES = ("PYTHONHASHSEED", "0")
+"""LMCache names blocks by Python's own hashes, which scheduler, workers and later starts have to agree on."""
+SHARED_TIERS = (
+    "LMCache's tiers are shared by all projects on this node: it takes no notice of cache_salt, so the time of an "
+    "answer may tell that another project sent the same prompt before."
+)
+"""LMCache 0.5.6: `vllm_v1_adapter.py`, behind this connector, has no salt; only its multi-process mode has."""
 CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 
 
@@ -150,8 +157,9 @@ def _lmcache(given: Given, workers: int) -> Decision:
         source=Source.OPERATOR,
         reason=f"set by XEROTIER_AGENT_{variable}",
         arguments=((TRANSFER_FLAG, json.dumps(CONNECTOR, separators=(",", ":"))),),
-        environment=((LMCACHE_VARIABLE, str(file.path)),),
+        environment=((LMCACHE_VARIABLE, str(file.path)), SAME_HASHES),
         files=(file,),
+        warning=SHARED_TIERS,
     )
 
 
