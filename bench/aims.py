@@ -1,6 +1,7 @@
 """What the project has set itself, and how a run compares: the one table of limits.
 
 A limit is judged only where both sides were measured in every repeat of the same run; anything else is "not measured".
+"Not decided" is a difference that was measured, and is smaller than what it was taken from varies.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +47,9 @@ class Judged:
     @property
     def verdict(self) -> str:
         """In words."""
-        return {True: "met", False: "**not met**", None: "not measured"}[self.met]
+        if self.met is None:
+            return "not measured" if self.measured == "-" else "not decided"
+        return "met" if self.met else "**not met**"
 
 
 def judge(results: Results) -> list[Judged]:
@@ -106,9 +109,11 @@ def _at_most(what: str, limit: float, ours: float | None, theirs: float | None, 
     words = f"at most {limit:.2f} x"
     if ours is None or theirs is None:
         return Judged(what=what, limit=words)
-    # What the other adds may be lost in the spread, and be nothing or less: there is no ratio then, but a verdict.
-    ratio = f"{ours / theirs:.2f} x" if theirs > 0 else "no ratio"
-    return Judged(what=what, limit=words, measured=_beside(ratio, ours, theirs, unit), met=ours <= limit * theirs)
+    if min(ours, theirs) <= 0:
+        # A difference that is nothing, or less, is lost in the spread of what it was taken from.
+        return Judged(what=what, limit=words, measured=_beside("no ratio", ours, theirs, unit))
+    measured = _beside(f"{ours / theirs:.2f} x", ours, theirs, unit)
+    return Judged(what=what, limit=words, measured=measured, met=ours <= limit * theirs)
 
 
 def _at_least(what: str, limit: float, theirs: float | None, ours: float | None, unit: str) -> Judged:

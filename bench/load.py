@@ -16,6 +16,7 @@ from bench.scenario import CHUNK_BYTES, Kind, Measurement, Scenario, latency
 from bench.subject import Subject
 
 _SETTLE_S = 0.4
+_SLOW_SETTLE_S = 1.5
 _SLACK_S = 15.0
 _ENDLESS_S = 30.0
 _LOOK_S = 0.05
@@ -72,7 +73,8 @@ class _Window:
 
 
 async def _streams(scenario: Scenario, subject: Subject, window_s: float, repeat: int) -> Measurement:
-    # A subject that is slower than this load would take long to deliver the end: it gets no end, and is left.
+    scenario = scenario.paced_for(slow=subject.slow)
+    # It takes long to begin so many streams, and how long is not known: they get no end, and are left.
     whole = not (subject.slow and scenario.clients > 1)
     length_s = window_s + 2 * _SETTLE_S if whole else _ENDLESS_S
     script = _script(scenario) | {"chunks": int(length_s * 1000 / scenario.interval_ms)}
@@ -85,6 +87,7 @@ async def _streams(scenario: Scenario, subject: Subject, window_s: float, repeat
         await asyncio.sleep(_SETTLE_S)
         if not whole:
             await until_begun(answers)
+            await asyncio.sleep(_SLOW_SETTLE_S)
         window = _Window(subject, tally)
         await asyncio.sleep(window_s)
         window.close()

@@ -8,14 +8,16 @@ after the other, far below what the machine carries; the latencies of a window i
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import product
 
 CHUNK_BYTES = 216
 INTERVAL_MS = 10.0
+SLOW_INTERVAL_MS = 100.0
 SPREAD_SHARES = {"lockstep": 0.0, "spread": 0.7}
 """Share of a step over which the engine writes the chunks of all streams one after the other."""
-STREAM_COUNTS = (1, 64, 128, 256)
+STREAM_COUNTS = (64, 128, 256)
 REQUEST_CHUNKS = 64
 PACED = (
     (1, "spread", 10.0),
@@ -57,6 +59,11 @@ class Scenario:
     stream: bool = True
     slow_too: bool = True
     """Asked also of a subject that relays fewer chunks per second than most loads here bring."""
+
+    def paced_for(self, *, slow: bool) -> "Scenario":
+        """This load, or for a slow subject one that it carries: as many streams, a tenth of the chunks."""
+        fits = not slow or self.kind is not Kind.STREAMS or self.clients == 1
+        return self if fits else replace(self, interval_ms=SLOW_INTERVAL_MS)
 
     @property
     def spread_ms(self) -> float:
@@ -120,16 +127,17 @@ def all_scenarios() -> list[Scenario]:
 
 
 def _stream_scenarios() -> list[Scenario]:
+    # One stream alone has nothing to be spread among.
+    loads = [(1, "lockstep"), *product(STREAM_COUNTS, SPREAD_SHARES)]
     return [
         Scenario(
-            name=f"{streams} streams, {mode}" if streams > 1 else f"1 stream, {mode}",
+            name=f"{streams} streams, {mode}" if streams > 1 else "1 stream",
             kind=Kind.STREAMS,
             clients=streams,
             mode=mode,
             slow_too=streams in (1, 128),
         )
-        for streams in STREAM_COUNTS
-        for mode in SPREAD_SHARES
+        for streams, mode in loads
     ]
 
 

@@ -10,7 +10,7 @@ from operator import methodcaller
 
 from bench import aims
 from bench.record import ALONE, BASELINE, OURS, Results
-from bench.scenario import PERCENTILES, Kind, Measurement, Scenario
+from bench.scenario import PERCENTILES, SLOW_INTERVAL_MS, Kind, Measurement, Scenario
 
 
 def markdown(results: Results) -> str:
@@ -195,13 +195,16 @@ def _client_table(results: Results) -> str:
 def _left_out(results: Results) -> list[str]:
     """What was not measured, and why."""
     lines = [f"Skipped: {name}: {reason}" for name, reason in results.skipped.items()]
-    names = ", ".join(scenario.name for scenario in results.scenarios if not scenario.slow_too)
-    if names:
-        lines += [
-            f"Not asked of {name}: {names}. These bring more chunks per second than it relays; what it delivers of "
-            "128 streams stands above."
-            for name in results.slow
-        ]
+    names = "; ".join(scenario.name for scenario in results.scenarios if not scenario.slow_too)
+    slower = "; ".join(s.name for s in results.scenarios if s.slow_too and s.paced_for(slow=True) != s)
+    for name in results.slow:
+        if slower:
+            lines.append(
+                f"{name} has one chunk per stream each {SLOW_INTERVAL_MS:.0f} ms, a tenth of what the others have, in: "
+                f"{slower}."
+            )
+        if names:
+            lines.append(f"Not asked of {name}, which cannot carry as many chunks per second: {names}.")
     return lines
 
 
