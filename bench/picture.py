@@ -120,7 +120,7 @@ def _bar(bar: Bar, top: int, scale: float) -> list[str]:
     shown = min(length, full)
     kind = "bar ours" if bar.name.partition(",")[0] == OURS else "bar"
     base, middle = top + _BAR - 4, top + _BAR / 2
-    least, most = (max(0.0, value) * scale for value in (min(bar.values), max(bar.values)))
+    least, most = (min(full, max(0.0, value) * scale) for value in (min(bar.values), max(bar.values)))
     parts = [
         f'<text x="{_LABEL - 8}" y="{base}" text-anchor="end">{escape(bar.name)}</text>',
         f'<rect class="{kind}" x="{_LABEL}" y="{top}" width="{shown:.1f}" height="{_BAR}"/>',
