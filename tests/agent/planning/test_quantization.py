@@ -94,8 +94,9 @@ def test_amd_gets_fp8_where_it_computes_in_it() -> None:
     small = machine("mi300x-x8")
     one = replace(small, gpus=tuple(replace(gpu, memory_bytes=48 * 1024**3) for gpu in small.gpus[:1]))
     assert chosen_on(one, "gemma-3-27b-it").value == "fp8_per_tensor"
-    old = replace(one, gpus=tuple(replace(gpu, architecture="gfx90a") for gpu in one.gpus))
-    assert chosen_on(old, "gemma-3-27b-it").value == "none"
+    for target, method in (("gfx90a", "none"), ("gfx1100", "none"), ("gfx1201", "fp8_per_tensor")):
+        other = replace(one, gpus=tuple(replace(gpu, architecture=target) for gpu in one.gpus))
+        assert chosen_on(other, "gemma-3-27b-it").value == method
 
 
 def chosen_on(hardware: HardwareFacts, model_name: str) -> Decision:

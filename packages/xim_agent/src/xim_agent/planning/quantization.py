@@ -11,8 +11,8 @@ NATIVE_FP8 = (8, 9)
 """The first compute capability with fp8 arithmetic (Ada, Hopper)."""
 WEIGHT_ONLY_FP8 = (7, 5)
 """The first on which vLLM runs fp8 weights in 16-bit arithmetic (`Fp8Config.get_min_capability`, Marlin)."""
-FP8_ARCHITECTURES = ("gfx94", "gfx95")
-"""AMD targets with fp8 arithmetic: MI300 and MI350."""
+FP8_ARCHITECTURES = ("gfx94", "gfx95", "gfx1200", "gfx1201")
+"""AMD targets with fp8 arithmetic: MI300, MI350 and RDNA 4 (`RocmPlatform.supports_fp8`)."""
 FP8_RENAMED = (0, 32)
 """Since then `fp8` is for checkpoints, and on others a deprecated name of `fp8_per_tensor` (`get_quant_config`)."""
 ACTIVATION_ORDER_LEFT = (0, 32)
