@@ -17,6 +17,7 @@ from xim_protocol.messages import (
     Body,
     Cancel,
     CancelReason,
+    Counted,
     Credit,
     Draining,
     EntryKind,
@@ -69,6 +70,7 @@ GOLDEN: dict[str, Message] = {
         statistics=(("num_requests_running", 3.0),),
     ),
     "slots": Slots(free=2),
+    "counted": Counted(request=RequestId("req_1"), attempt=2, usage=(5, 1, 0, "counted")),
     "draining": Draining(),
     "goodbye": Goodbye(code=GoodbyeCode.SUPERSEDED, message="two"),
     "welcome": Welcome(

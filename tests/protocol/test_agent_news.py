@@ -3,8 +3,8 @@
 from tests.protocol.test_agent_session import WELCOME, opened, said, session, take
 from tests.support.wire import Wire
 from xim_protocol.events import AgentReported, Assigned, MembersChanged, SlotsFree, Welcomed
-from xim_protocol.ids import EndpointId
-from xim_protocol.messages import AgentState, Assign, Assignment, Renew, RouterMember
+from xim_protocol.ids import EndpointId, RequestId
+from xim_protocol.messages import AgentState, Assign, Assignment, Counted, Renew, RouterMember
 from xim_protocol.router_session import RouterSession
 
 
@@ -34,6 +34,17 @@ def test_without_a_link_there_is_nobody_to_tell() -> None:
     agent.announce_draining()
     agent.gather()
     assert (agent.frames_to_send(), agent.report.state) == ([], AgentState.DRAINING)
+
+
+def test_the_router_hears_what_was_counted_after_a_stream_while_there_is_a_link() -> None:
+    counted = Counted(request=RequestId("req_1"), attempt=1, usage=(5, 3, 0, "counted"))
+    wire = Wire().connect()
+    wire.agent.report_counted(counted)
+    wire.settle()
+    assert wire.router_events[-1] == counted
+    alone = session()
+    alone.report_counted(counted)
+    assert alone.frames_to_send() == []
 
 
 def test_the_router_hears_of_slots_and_of_draining() -> None:

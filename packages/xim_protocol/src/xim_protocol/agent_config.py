@@ -2,9 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from xim_protocol.ids import InstanceId
 from xim_protocol.messages import PROTOCOL_VERSION, AgentState, FlowControl, Hello, Renew, StreamReport
+
+
+class Link(StrEnum):
+    """Where the link stands at the agent."""
+
+    DOWN = "down"
+    HELLO_SENT = "hello_sent"
+    ATTACHING = "attaching"
+    OPEN = "open"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,9 +8,8 @@ No clock, no socket: `now` is monotonic seconds and should count suspend.
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 
-from xim_protocol.agent_config import AgentConfig, AgentReport, AgentSessionStatistics, hello_of, renew_of
+from xim_protocol.agent_config import AgentConfig, AgentReport, AgentSessionStatistics, Link, hello_of, renew_of
 from xim_protocol.agent_outbox import AgentOutbox, AgentStream
 from xim_protocol.codec import Frames, decode, encode, encode_batch
 from xim_protocol.credit import CreditSender
@@ -43,6 +42,7 @@ from xim_protocol.messages import (
     Body,
     Cancel,
     Channel,
+    Counted,
     Credit,
     Draining,
     Entry,
@@ -71,15 +71,6 @@ ANSWER_TIMEOUT_S = 10.0
 """Welcome, or Attached, must come within this."""
 BODY_AHEAD_BYTES = 1024 * 1024
 """A long request body may run this far ahead of what was received."""
-
-
-class Link(StrEnum):
-    """Where the link stands at the agent."""
-
-    DOWN = "down"
-    HELLO_SENT = "hello_sent"
-    ATTACHING = "attaching"
-    OPEN = "open"
 
 
 class AgentSession:
@@ -414,6 +405,11 @@ class AgentSession:
             return False
         self._send(Slots(free=free))
         return True
+
+    def report_counted(self, counted: Counted) -> None:
+        """What a stream cost that ended without a report; lost where no link can carry it."""
+        if self.link is Link.OPEN:
+            self._send(counted)
 
     def announce_draining(self) -> None:
         """Take nothing new from here on; what is in flight is finished."""

@@ -24,6 +24,7 @@ from xim_protocol.messages import (
     Body,
     Cancel,
     CancelReason,
+    Counted,
     Credit,
     Draining,
     Entry,
@@ -291,6 +292,7 @@ KINDS: dict[int, tuple[type[Any], Shape]] = {
     3: (Slots, record(Slots, free=CAPACITY)),
     4: (Draining, record(Draining)),
     5: (Goodbye, record(Goodbye, code=word(GoodbyeCode), message=text())),
+    6: (Counted, record(Counted, request=text(64), attempt=uint(255, least=1), usage=USAGE)),
     10: (
         Welcome,
         record(

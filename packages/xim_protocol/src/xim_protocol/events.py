@@ -13,6 +13,7 @@ from xim_protocol.messages import (
     Assignment,
     CancelReason,
     Channel,
+    Counted,
     FailCode,
     GoodbyeCode,
     RefusalReason,
@@ -208,6 +209,7 @@ RouterEvent = (
     | RequestRefused[C]
     | AgentReported
     | SlotsFree
+    | Counted
     | LinkReady
     | GoodbyeReceived
 )

@@ -163,6 +163,13 @@ class StreamVerdict:
     """The stream's credit limit as it stands."""
 
 
+Usage = tuple[int, int, int, str]
+"""Prompt tokens, completion tokens, cached prompt tokens, and who counted: one of `USAGE_SOURCES`."""
+
+USAGE_SOURCES = ("engine", "counted")
+"""The engine reported the tokens, or the agent counted them afterwards."""
+
+
 # --- From the agent, on control -----------------------------------------------------------------------------------
 
 
@@ -206,6 +213,15 @@ class Slots:
     """Places are free again, said to a router that was refused for capacity."""
 
     free: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """The tokens of a stream that ended without a report, counted after its end."""
+
+    request: RequestId
+    attempt: int
+    usage: Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,12 +359,6 @@ class EntryKind(IntEnum):
     """`(5, stream, limit)`: send the body up to this absolute offset."""
 
 
-Usage = tuple[int, int, int, str]
-"""Prompt tokens, completion tokens, cached prompt tokens, and who counted: one of `USAGE_SOURCES`."""
-
-USAGE_SOURCES = ("engine", "counted")
-"""The engine reported the tokens, or the agent counted them afterwards."""
-
 Entry = tuple[object, ...]
 """One validated entry of a Batch; a tuple because a dataclass each costs a microsecond on the hot path."""
 
@@ -360,6 +370,6 @@ class Batch:
     entries: tuple[Entry, ...]
 
 
-AgentMessage = Hello | Renew | Slots | Draining | Goodbye | Attach | Batch
+AgentMessage = Hello | Renew | Slots | Counted | Draining | Goodbye | Attach | Batch
 RouterMessage = Welcome | Renewed | Expired | Assign | Members | Submit | Cancel | Credit | Goodbye | Attached | Body
 Message = AgentMessage | RouterMessage

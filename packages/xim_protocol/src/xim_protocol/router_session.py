@@ -39,6 +39,7 @@ from xim_protocol.messages import (
     Cancel,
     CancelReason,
     Channel,
+    Counted,
     Credit,
     Draining,
     Entry,
@@ -63,7 +64,6 @@ from xim_protocol.router_stream import Phase, RouterSessionStatistics, RouterStr
 from xim_protocol.stream import TERMINAL, Step, StreamState, next_state
 
 __all__ = ["Phase", "RouterSession", "RouterSessionStatistics", "RouterStream", "negotiate_version"]
-
 
 CLOSED_AT_ONCE = 32
 """So many closed streams are worth a message of their own."""
@@ -145,6 +145,8 @@ class RouterSession(Generic[C]):
                     return [self.report]
                 case Slots():
                     return [SlotsFree(free=message.free)]
+                case Counted():
+                    return [message]
                 case Goodbye():
                     return [GoodbyeReceived(code=message.code, message=message.message)]
         if (

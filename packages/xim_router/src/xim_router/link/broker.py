@@ -31,6 +31,7 @@ from xim_protocol.messages import (
     Assignment,
     CancelReason,
     Channel,
+    Counted,
     Expired,
     FailCode,
     GoodbyeCode,
@@ -95,8 +96,7 @@ class Broker:
         if catalog.revoked_curve_keys - self.catalog.revoked_curve_keys:
             self._links.shut_unattached()
         self.catalog = catalog
-        if catalog.routers:
-            self.routers = catalog.routers
+        self.routers = catalog.routers or self.routers
         self._perform(self.dispatcher.set_registered(catalog.agents, self._loop.time()))
         for link in self._links:
             registered = catalog.agents.get(link.agent)
@@ -315,6 +315,8 @@ class Broker:
                 self._announce(link)
             case SlotsFree():
                 self._perform(self.dispatcher.slots_free(link.agent, event.free, now))
+            case Counted():
+                self._journal.counted(link.agent, event)
             case GoodbyeReceived():
                 log.info("agent left", extra={"agent": link.agent, "code": event.code.value})
                 self.end_session(link, None, "")

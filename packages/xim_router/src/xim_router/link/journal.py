@@ -5,7 +5,9 @@ import logging
 from prometheus_client import Counter, Histogram
 
 from xim_protocol.errors import FaultReason
-from xim_protocol.messages import FailCode
+from xim_protocol.ids import AgentId, RequestId
+from xim_protocol.messages import Counted, FailCode
+from xim_router.dispatch.catalog import Endpoint
 from xim_router.dispatch.effects import Rejection
 from xim_router.link.exchange import Exchange
 from xim_router.telemetry.metrics import ClientPhase, QueueOutcome, RetryReason, RouterMetrics
@@ -18,6 +20,10 @@ _RETRIES = {
 }
 
 
+UNCOUNTED = 4096
+"""Requests without a report whose count may still come."""
+
+
 class Journal:
     """Keeps the broker's branches free of metrics and log fields."""
 
@@ -26,6 +32,7 @@ class Journal:
         # `labels()` costs more than counting does; there are as many as endpoints and outcomes.
         self._requests: dict[tuple[str, str, str], Counter] = {}
         self._seconds: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
+        self._uncounted: dict[RequestId, tuple[AgentId, Endpoint]] = {}
 
     # --- Per message -----------------------------------------------------------------------------------------------
 
@@ -98,6 +105,8 @@ class Journal:
 
     def concluded(self, exchange: Exchange, code: str | None, now: float) -> None:
         """The one line of a request, and its figures."""
+        if code is not None:
+            self._await_count(exchange)
         outcome = code or str(exchange.status or 0)
         endpoint = exchange.endpoint
         names = (endpoint.project, endpoint.slug)
@@ -126,6 +135,32 @@ class Journal:
                 "chunks": exchange.chunks,
                 "bytes": exchange.received_bytes,
                 "usage": exchange.usage,
+            },
+        )
+
+    def _await_count(self, exchange: Exchange) -> None:
+        """The agent may count what the engine did not report; what comes later than many others is not known."""
+        if exchange.agent is None or exchange.usage is not None:
+            return
+        self._uncounted[exchange.request] = (exchange.agent, exchange.endpoint)
+        if len(self._uncounted) > UNCOUNTED:
+            del self._uncounted[next(iter(self._uncounted))]
+
+    def counted(self, agent: AgentId, counted: Counted) -> None:
+        """`agent` counted the tokens of a request that ended without the engine's report; of no other agent's."""
+        of_agent, endpoint = self._uncounted.get(counted.request, (None, None))
+        if endpoint is None or of_agent != agent:
+            return
+        del self._uncounted[counted.request]
+        log.info(
+            "usage counted",
+            extra={
+                "request": counted.request,
+                "attempt": counted.attempt,
+                "project": endpoint.project,
+                "endpoint": endpoint.slug,
+                "agent": agent,
+                "usage": counted.usage,
             },
         )
 
