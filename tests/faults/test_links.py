@@ -7,21 +7,32 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 import pytest
+import pytest_asyncio
 
 from tests.faults.parts import Networked, load_on, metric_is, networked, nothing_left
 from tests.support.accounts import Accounts
 from tests.support.load import Client, assert_whole, raise_descriptor_limit, readings
 from tests.support.programs import eventually
-from tests.support.topology import Node
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BREAKS = 30
 CHARS = 1000
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def net(accounts: Accounts) -> AsyncIterator[Networked]:
     """A router and two networks; each test starts its agent."""
     async with networked(accounts) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def linked(accounts: Accounts) -> AsyncIterator[Networked]:
+    """An agent that sends heartbeats every second, so that a link that went silent is found within two; for tests that
+    leave the networks as they found them."""
+    async with networked(accounts) as made:
+        await made.topology.start_node(LEASE_DURATION_MS="6000", LEASE_RENEWAL_INTERVAL_MS="2000")
         yield made
 
 
@@ -70,9 +81,19 @@ async def break_at_random(net: Networked, source: random.Random) -> int:
     return int(await eventually(lambda: sum(network.break_all() for network in chosen), what="there is a link"))
 
 
-async def start_node(net: Networked) -> Node:
-    """An agent that sends heartbeats every second: a link that went silent is found within two."""
-    return await net.topology.start_node(LEASE_DURATION_MS="6000", LEASE_RENEWAL_INTERVAL_MS="2000")
+async def links_lost(net: Networked) -> float:
+    return await net.topology.router_metric("xim_router_link_lost_total")
+
+
+async def lost_and_back(net: Networked, lost: float) -> None:
+    """Return when so many links were lost since the router's start, and there is one again."""
+    await metric_is(net.topology, "xim_router_link_lost_total", lost)
+    await net.topology.ready(program=net.topology.nodes[0].program)
+
+
+async def one_link(net: Networked) -> None:
+    """Return when each network carries one connection: those of earlier links are closed."""
+    await eventually(lambda: [network.carried for network in net.networks] == [1, 1], what="there is one link")
 
 
 async def paced(net: Networked, **script: int) -> list[Client]:
@@ -84,66 +105,73 @@ async def paced(net: Networked, **script: int) -> list[Client]:
     return clients
 
 
-async def test_a_mapping_that_a_nat_forgot_is_found_by_heartbeats_and_dialled_anew(net: Networked) -> None:
-    await start_node(net)
-    clients = await paced(net)
-    # Neither end is told, and whatever either sends goes nowhere.
-    assert sum(network.forget() for network in net.networks) == 2
-    await metric_is(net.topology, "xim_router_link_lost_total", 1)
-    assert_whole(await readings(clients))
-    assert [network.connections for network in net.networks] == [2, 2]
-
-
-async def test_the_idle_streaming_connection_alone_may_be_forgotten(net: Networked) -> None:
-    node = await start_node(net)
-    assert net.streaming.forget() == 1
-    await metric_is(net.topology, "xim_router_link_lost_total", 1)
-    await net.topology.ready(program=node.program)
-    assert_whole(await readings(await paced(net, chunks=4)))
-
-
-async def test_a_network_that_swallows_everything_is_found_by_heartbeats_and_survived_when_it_is_back(
-    net: Networked,
-) -> None:
-    await start_node(net)
-    clients = await paced(net)
-    for network in net.networks:
-        network.blackhole()
-    # The agent found it and dials again, which goes nowhere either.
-    await eventually(lambda: net.control.connections > 1, what="the agent dials again")
-    assert [client.done.result() for client in clients if client.done.done()] == []
-    for network in net.networks:
-        network.clear()
-    assert_whole(await readings(clients))
-
-
-async def test_a_network_that_is_silent_for_less_than_a_heartbeat_costs_no_link(net: Networked) -> None:
-    await start_node(net)
-    clients = await paced(net)
-    for network in net.networks:
+async def test_a_network_that_is_silent_for_less_than_a_heartbeat_costs_no_link(linked: Networked) -> None:
+    await one_link(linked)
+    lost_before = await links_lost(linked)
+    clients = await paced(linked, chunks=40)
+    for network in linked.networks:
         network.blackhole()
     before = received(clients)
     silent_until = time.monotonic() + 0.5
     await eventually(lambda: time.monotonic() > silent_until)
     assert received(clients) <= before + 12 * CHARS
-    for network in net.networks:
+    for network in linked.networks:
         network.clear()
     assert_whole(await readings(clients))
-    assert await net.topology.router_metric("xim_router_link_lost_total") == 0
+    assert await links_lost(linked) == lost_before
 
 
-async def test_an_agent_that_comes_back_from_another_address_goes_on_where_it_was(net: Networked) -> None:
-    node = await start_node(net)
-    clients = await paced(net)
-    for network in net.networks:
+async def test_a_mapping_that_a_nat_forgot_is_found_by_heartbeats_and_dialled_anew(linked: Networked) -> None:
+    await one_link(linked)
+    lost_before = await links_lost(linked)
+    dialled_before = [network.connections for network in linked.networks]
+    clients = await paced(linked)
+    # Neither end is told, and whatever either sends goes nowhere.
+    assert sum(network.forget() for network in linked.networks) == 2
+    await lost_and_back(linked, lost_before + 1)
+    assert_whole(await readings(clients))
+    assert [network.connections for network in linked.networks] == [before + 1 for before in dialled_before]
+
+
+async def test_the_idle_streaming_connection_alone_may_be_forgotten(linked: Networked) -> None:
+    await one_link(linked)
+    lost_before = await links_lost(linked)
+    assert linked.streaming.forget() == 1
+    await lost_and_back(linked, lost_before + 1)
+    assert_whole(await readings(await paced(linked, chunks=4)))
+
+
+async def test_an_agent_that_comes_back_from_another_address_goes_on_where_it_was(linked: Networked) -> None:
+    await one_link(linked)
+    lost_before = await links_lost(linked)
+    seen_before = len(linked.control.addresses)
+    clients = await paced(linked)
+    for network in linked.networks:
         network.change_address = True
     for moves in (1, 2, 3):
-        for network in net.networks:
+        for network in linked.networks:
             network.break_all()
-        await metric_is(net.topology, "xim_router_link_lost_total", moves)
-        await net.topology.ready(program=node.program)
+        await lost_and_back(linked, lost_before + moves)
     assert_whole(await readings(clients))
-    assert len(set(net.control.addresses)) == 4
+    assert len(set(linked.control.addresses[seen_before:])) == 3
+    for network in linked.networks:
+        network.change_address = False
+
+
+async def test_a_network_that_swallows_everything_is_found_by_heartbeats_and_survived_when_it_is_back(
+    linked: Networked,
+) -> None:
+    await one_link(linked)
+    clients = await paced(linked)
+    dialled_before = linked.control.connections
+    for network in linked.networks:
+        network.blackhole()
+    # The agent found it and dials again, which goes nowhere either.
+    await eventually(lambda: linked.control.connections > dialled_before, what="the agent dials again")
+    assert [client.done.result() for client in clients if client.done.done()] == []
+    for network in linked.networks:
+        network.clear()
+    assert_whole(await readings(clients))
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 7], ids=["one byte", "seven bytes"])

@@ -25,7 +25,7 @@ RESPONSE_BYTES, WINDOW_BYTES, CONNECTION_BYTES = 256 * KIB, 64 * KIB, 128 * KIB
 """Most that one client can hold: of its response's buffer, of its stream's window, and of the connection's buffer,
 which is 64 KiB and the piece with which it went over that."""
 TRIES = 3
-STALL_S = 2.0
+STALL_S = 1.0
 LITTLE_BYTES = 4 * KIB
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.support.fake_vllm_script import Script, ScriptError, expected_text, script_of
 
 PROGRAM = Path(__file__).parent.parent / "support" / "bin" / "fake-vllm"
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 class Engine:

@@ -57,6 +57,11 @@ class ChaosProxy:
         """The port it listens on, the same for its whole life."""
         return self._port
 
+    @property
+    def carried(self) -> int:
+        """Connections that both ends have open and on which bytes pass."""
+        return sum(pair.carries for pair in self._pairs)
+
     async def __aenter__(self) -> Self:
         await self.listen()
         return self
@@ -201,6 +206,11 @@ class _Pair:
         self.out.source = self.back.sink = self._near
         self.forgotten = False
         self._dialling: asyncio.Task[None] | None = None
+
+    @property
+    def carries(self) -> bool:
+        """Both ends are open, and nobody forgot them."""
+        return not self.forgotten and not any(end is None or end.is_closing() for end in (self._near, self._far))
 
     def dial(self, own_address: str) -> None:
         self._dialling = asyncio.get_running_loop().create_task(self._dial(own_address))

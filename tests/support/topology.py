@@ -312,7 +312,8 @@ class Topology:
 
     async def engine_metric(self, node: Node, name: str, **labels: str) -> float:
         """The same of the engine's own metrics, asked over its socket."""
-        transport = httpx2.AsyncHTTPTransport(uds=str(node.engine_socket))
+        # Reading the certificates of the world takes longer than all the rest of it.
+        transport = httpx2.AsyncHTTPTransport(uds=str(node.engine_socket), verify=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://engine", timeout=60.0) as engine:
             return sample_sum((await engine.get("/metrics")).text, name, labels)
 
