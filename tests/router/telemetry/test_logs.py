@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from xim_router.telemetry.logs import configure_logging
+from xim_router.telemetry.logs import configure_logging, log_facts
 
 
 class Terminal(io.StringIO):
@@ -67,3 +67,24 @@ def test_the_level_holds_and_the_database_driver_never_tells_its_parameters() ->
     logging.getLogger("aiosqlite").debug("executing with parameters")
     assert "shown" in stream.getvalue()
     assert "parameters" not in stream.getvalue()
+
+
+def test_the_short_way_writes_the_same_line() -> None:
+    lines: list[dict[str, object]] = []
+    for _ in range(2):
+        stream = io.StringIO()
+        configure_logging("info", stream=stream)
+        logger, facts = logging.getLogger("xim_router.test"), {"request": "r", "status": 200, "level": "mine"}
+        if lines:
+            log_facts(logger, logging.INFO, "request", facts)
+        else:
+            logger.info("request", extra=facts)
+        lines.append({name: value for name, value in json.loads(stream.getvalue()).items() if name != "time"})
+    assert lines[0] == lines[1]
+
+
+def test_the_short_way_keeps_to_the_level() -> None:
+    stream = io.StringIO()
+    configure_logging("warning", stream=stream)
+    log_facts(logging.getLogger("xim_router.test"), logging.INFO, "request", {"request": "r"})
+    assert stream.getvalue() == ""

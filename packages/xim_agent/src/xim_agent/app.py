@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -61,6 +62,7 @@ async def serve(settings: AgentSettings) -> None:
         enroller = Enroller(store, facts, allow_insecure=settings.allow_insecure)
         stored = await stop.unless_asked(enroller.start(join_key_of(settings)))
         if stored is not None:
+            settle_memory()
             await Node(settings, surroundings, transport, enroller, stop.asked).run()
 
 
@@ -116,6 +118,15 @@ class StopRequest:
             working.cancel()
             waiting.cancel()
             await asyncio.wait({working, waiting})
+
+
+def settle_memory() -> None:
+    """Leave what has been made so far, modules above all, out of every garbage collection from here on.
+
+    It is never garbage, and looking through it stops all streams: 68,000 objects, some 40 ms on a busy machine.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def raise_file_limit() -> None:

@@ -448,16 +448,17 @@ class RouterSession(Generic[C]):
 
     @property
     def wants_to_send(self) -> bool:
-        """True when something should leave in this tick.
+        """True when something should leave in this tick; that streams are closed can wait (`closes_streams`)."""
+        return self.credit_urgent or bool(self._outgoing or self._bodies)
 
-        That a stream is closed can wait a moment (`closes_streams`): until then the agent only remembers it.
-        """
-        urgent = self._outgoing or self._bodies or self._due or self._report_due
-        return bool(urgent) or len(self._closed) >= CLOSED_AT_ONCE
+    @property
+    def credit_urgent(self) -> bool:
+        """True when `flush_credit` has something to say that the agent may be waiting for."""
+        return bool(self._due) or self._report_due or len(self._closed) >= CLOSED_AT_ONCE
 
     @property
     def closes_streams(self) -> bool:
-        """True when the agent is still to be told of closed streams."""
+        """True when the agent is still to be told of closed streams; until then it only remembers them."""
         return bool(self._closed)
 
     def flush_credit(self) -> None:

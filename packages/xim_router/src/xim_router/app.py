@@ -6,6 +6,7 @@ agents that are left are told, sockets and database are closed.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -67,6 +68,15 @@ def serve(settings: RouterSettings, worker: int | None = None) -> None:
         remedy = getattr(error, "remedy", "")
         click.echo(f"Error: {error}" + (f"\n{remedy}" if remedy else ""), err=True)
         raise SystemExit(1 if worker is None else UNUSABLE_STATUS) from None
+
+
+def settle_memory() -> None:
+    """Leave what has been made so far, modules above all, out of every garbage collection from here on.
+
+    It is never garbage, and looking through it stops all streams: 120,000 objects, 40 to 160 ms on a busy machine.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class Router:
@@ -164,6 +174,7 @@ class Router:
                 background.append(tasks.create_task(_ping(broker, settings.sse_ping_s), name="ping"))
             for server, listener in servers:
                 tasks.create_task(server.serve(sockets=[listener]), name="http")
+            settle_memory()
             log.info("serving", extra={"http": f"{settings.http_host}:{settings.http_port}"})
             await self._stopping.wait()
             await self._stop(broker, control, [server for server, _ in servers])

@@ -1,8 +1,9 @@
 """Gathers what all streams of one router produce into few messages, and holds back who has no credit.
 
 A wake-up through ZeroMQ costs more than ten chunks, and an engine's API server writes the streams of one step one after
-the other; so chunks wait a moment for company. First bytes, ends and failures never wait
-(docs/reference/wire-protocol.md, "Few messages").
+the other; so chunks wait a moment for company. First bytes, ends and failures leave with this turn of the loop
+(docs/reference/wire-protocol.md, "Few messages"): a short answer is one message, and the burst of a step is not cut
+into as many as streams begin and end in it.
 """
 
 import asyncio
@@ -61,6 +62,8 @@ class StreamWriter:
         self._loop = asyncio.get_running_loop()
         self._waiting_bytes = 0
         self._armed: asyncio.Handle | None = None
+        self._hurried = False
+        """What is armed is the end of this turn of the loop."""
         self._opening: set[StreamId] = set()
         """Started, without a first byte yet."""
         self._waiters: dict[StreamId, asyncio.Future[None]] = {}
@@ -128,7 +131,7 @@ class StreamWriter:
         """The response is whole."""
         self._session.end(stream, usage)
         self._opening.discard(stream)
-        self.flush()
+        self._hurry()
 
     def fail(
         self, stream: StreamId, code: FailCode, message: str, *, retryable: bool, usage: Usage | None = None
@@ -136,7 +139,7 @@ class StreamWriter:
         """The stream ends without a whole response."""
         self._session.fail(stream, code, message, retryable=retryable, usage=usage)
         self._opening.discard(stream)
-        self.flush()
+        self._hurry()
 
     def announce_slots(self, free: int) -> bool:
         """Places are free again. False while no link can carry it."""
@@ -166,9 +169,7 @@ class StreamWriter:
 
     def flush(self) -> None:
         """Send everything that may leave now."""
-        if self._armed is not None:
-            self._armed.cancel()
-            self._armed = None
+        self._disarm()
         self._waiting_bytes = 0
         outgoing = self._session.frames_to_send()
         while entries := self._session.gather():
@@ -187,9 +188,7 @@ class StreamWriter:
 
     def close(self) -> None:
         """Send nothing more."""
-        if self._armed is not None:
-            self._armed.cancel()
-            self._armed = None
+        self._disarm()
 
     def statistics(self) -> WriterStatistics:
         """A reading for metrics."""
@@ -201,14 +200,27 @@ class StreamWriter:
         self._waiting_bytes += size
         if stream in self._opening:
             self._opening.discard(stream)
-            self.flush()
+            self._hurry()
         elif self._waiting_bytes >= FULL_BYTES:
             self.flush()
         elif self._armed is None:
             if self._coalesce_s > 0:
                 self._armed = self._loop.call_later(self._coalesce_s, self.flush)
             else:
-                self._armed = self._loop.call_soon(self.flush)
+                self._hurry()
+
+    def _hurry(self) -> None:
+        """Flush once this turn of the loop has brought what it brings."""
+        if not self._hurried:
+            self._disarm()
+            self._hurried = True
+            self._armed = self._loop.call_soon(self.flush)
+
+    def _disarm(self) -> None:
+        if self._armed is not None:
+            self._armed.cancel()
+            self._armed = None
+            self._hurried = False
 
     def _count(self, entries: int, messages: int) -> None:
         self._messages += messages

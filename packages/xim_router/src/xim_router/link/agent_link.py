@@ -33,7 +33,9 @@ class AgentLink:
     queued_bytes: int = 0
     queued_since: float = 0.0
     touched_later: bool = False
-    """A timer will flush this link."""
+    """A timer will flush this link, and tell of closed streams."""
+    tells_closed: bool = False
+    """That timer has fired: the next flush says everything."""
 
     def flush(self, transport: Transport) -> SendResult:
         """Send what the session wants to send, as far as the peer takes it.
@@ -41,7 +43,9 @@ class AgentLink:
         `FULL` means: call again after `RETRY_INTERVAL_S`. `UNREACHABLE`: the link is lost or must be given up.
         """
         session = self.session
-        session.flush_credit()
+        if self.tells_closed or session.credit_urgent:
+            self.tells_closed = False
+            session.flush_credit()
         for channel, frames in session.frames_to_send():
             self._enqueue(channel, frames)
         result = self._send_queue(transport)

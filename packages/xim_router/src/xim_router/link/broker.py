@@ -274,7 +274,7 @@ class Broker:
         self._journal.message(session.entries - entries, chunks, received_bytes)
         if session.wants_to_send:
             self._links.touch(link)
-        elif session.closes_streams:
+        if session.closes_streams:
             self._links.touch_later(link)
 
     def on_oversized(

@@ -10,6 +10,7 @@ from xim_protocol.messages import Counted, FailCode
 from xim_router.dispatch.catalog import Endpoint
 from xim_router.dispatch.effects import Rejection
 from xim_router.link.exchange import Exchange
+from xim_router.telemetry.logs import log_facts
 from xim_router.telemetry.metrics import ClientPhase, QueueOutcome, RetryReason, RouterMetrics
 
 log = logging.getLogger("xim_router.request")
@@ -116,10 +117,11 @@ class Journal:
         ttft_s = None if exchange.first_byte_at is None else exchange.first_byte_at - exchange.received_at
         if ttft_s is not None:
             ttft_seconds.observe(ttft_s)
-        log.log(
+        log_facts(
+            log,
             logging.INFO if code is None or code == "client_closed_request" else logging.WARNING,
             "request",
-            extra={
+            {
                 "request": exchange.request,
                 "client_request": exchange.client_request,
                 "project": exchange.project,

@@ -14,8 +14,8 @@ from xim_router.link.agent_link import RETRY_INTERVAL_S, AgentLink
 from xim_router.link.silence import too_silent, watch_interval_s
 from xim_router.link.transport import RoutingId, SendResult, Transport
 
-LATER_S = 0.01
-"""How long an agent may remember a closed stream, so that short requests need no message for it alone."""
+LATER_S = 0.05
+"""How long an agent may remember a closed stream, so that one message tells of many and none delays a request."""
 SHUT_DELAY_S = 0.2
 """Between a Goodbye and the end of its TCP connection, so that the Goodbye arrives."""
 UNATTACHED_S = 20.0
@@ -168,6 +168,7 @@ class Links:
 
     def _touch_now(self, link: AgentLink) -> None:
         link.touched_later = False
+        link.tells_closed = True
         self.touch(link)
 
     def _flush(self) -> None:
