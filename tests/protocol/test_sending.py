@@ -1,7 +1,7 @@
 """When the router's session has something to send at once, and what may wait for company."""
 
 from tests.support.wire import Wire
-from xim_protocol.router_session import CLOSED_AT_ONCE
+from xim_protocol.router_stream import CLOSED_AT_ONCE
 
 
 def ended_streams(wire: Wire, count: int) -> None:

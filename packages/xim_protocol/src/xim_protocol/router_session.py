@@ -60,13 +60,10 @@ from xim_protocol.messages import (
     Verdict,
     Welcome,
 )
-from xim_protocol.router_stream import Phase, RouterSessionStatistics, RouterStream
+from xim_protocol.router_stream import CLOSED_AT_ONCE, Phase, RouterSessionStatistics, RouterStream
 from xim_protocol.stream import TERMINAL, Step, StreamState, next_state
 
 __all__ = ["Phase", "RouterSession", "RouterSessionStatistics", "RouterStream", "negotiate_version"]
-
-CLOSED_AT_ONCE = 32
-"""So many closed streams are worth a message of their own."""
 
 
 class RouterSession(Generic[C]):

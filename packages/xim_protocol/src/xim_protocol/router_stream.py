@@ -10,6 +10,9 @@ from xim_protocol.ids import StreamId
 from xim_protocol.messages import StreamVerdict, Submit, Verdict
 from xim_protocol.stream import StreamState
 
+CLOSED_AT_ONCE = 32
+"""So many closed streams are worth a message of their own."""
+
 
 class Phase(StrEnum):
     """Where a session stands at the router."""
