@@ -16,7 +16,7 @@ ONLY_IN = {
         "xim_router/app.py",
     },
     "aiohttp": {"xim_agent/link/enrollment.py", "xim_agent/telemetry/server.py"},
-    "uvicorn": {"xim_router/app.py", "xim_router/http/direct.py"},
+    "uvicorn": {"xim_router/app.py", "xim_router/http/direct.py", "xim_router/http/protocol.py"},
     "msgpack": {"xim_protocol/codec.py"},
     "msgspec": {"xim_router/http/request.py", "xim_router/telemetry/logs.py"},
     "httptools": {"xim_agent/engine/http.py"},
