@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from xim_agent.counting import Delivered, UsageCounter
 from xim_agent.engine.body import THREAD_BYTES, BodyInvalid, PreparedBody, prepare_body
 from xim_agent.engine.client import EngineBroken, EngineUnavailable
 from xim_agent.engine.salt import tenant_salt
+from xim_agent.engine.unreported import COUNTED_PATHS
 from xim_agent.engine.usage import TokenUsage, UsageReader, usage_reader
 from xim_agent.link.writer import StreamGone
 from xim_agent.places import Places
@@ -28,7 +30,7 @@ from xim_protocol.events import (
     StreamFailed,
 )
 from xim_protocol.ids import ProjectId, StreamId
-from xim_protocol.messages import FailCode, RefusalReason, Submit, Usage
+from xim_protocol.messages import Counted, FailCode, RefusalReason, Submit, Usage
 from xim_protocol.routes import ROUTES_BY_PATH, Route
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,10 @@ class RouterLink(Protocol):
 
     def announce_slots(self, free: int) -> bool:
         """Places are free again. False while no link can carry it."""
+        ...
+
+    def report_counted(self, counted: Counted) -> None:
+        """What a stream cost that ended without the engine's report."""
         ...
 
 
@@ -155,6 +161,9 @@ class _Stream:
     task: "asyncio.Task[None] | None" = None
     placed: bool = True
     """It still holds its place."""
+    asked: bytes | None = None
+    """The body that the engine works on, while there is something to count."""
+    delivered: Delivered
 
 
 class Serving:
@@ -181,6 +190,7 @@ class Serving:
         self._model: ServedModel | None = None
         self._streams: dict[tuple[RouterLink, StreamId], _Stream] = {}
         self._places = Places(capacity, on_in_flight)
+        self._usage = UsageCounter(engine, tasks)
         self._draining = False
         self._unsalted_project: ProjectId | None = None
         self._accepted = 0
@@ -273,7 +283,8 @@ class Serving:
     def _accept(self, link: RouterLink, submit: Submit, route: Route, model: ServedModel) -> None:
         key = (link, submit.stream)
         body = self._loop.create_future()
-        stream = _Stream(link=link, submit=submit, route=route, model=model, body=body)
+        delivered = Delivered(self._usage)
+        stream = _Stream(link=link, submit=submit, route=route, model=model, body=body, delivered=delivered)
         if submit.body is not None:
             body.set_result(submit.body)
         else:
@@ -294,6 +305,8 @@ class Serving:
         if stream.placed:
             self._count(outcome)
         self._give_back(stream)
+        if outcome is not Outcome.ABORTED:
+            self._count_usage(stream)
         if stream.task is not None:
             stream.task.cancel()
 
@@ -303,6 +316,15 @@ class Serving:
         if self._streams.get(key) is stream:
             del self._streams[key]
         self._give_back(stream)
+        if stream.asked is not None:
+            stream.delivered.drop()  # nobody counts it
+
+    def _count_usage(self, stream: _Stream) -> None:
+        """The stream ended without a report after the engine began."""
+        asked, stream.asked = stream.asked, None
+        if asked is not None:
+            link = stream.link
+            self._usage.count(stream.submit, stream.model.name, asked, stream.delivered, link.report_counted)
 
     def _give_back(self, stream: _Stream) -> None:
         if stream.placed:
@@ -344,6 +366,7 @@ class Serving:
         """Ask the engine and pass its answer on."""
         submit = stream.submit
         prepared = await self._prepared(stream)
+        stream.asked = prepared.body if submit.path in COUNTED_PATHS else None
         async with self._engine.open(submit.method, submit.path, _headers(submit), prepared.body) as answer:
             if answer.status == BUSY_STATUS:
                 raise EngineUnavailable("the engine answered 503")
@@ -351,6 +374,8 @@ class Serving:
             reader = usage_reader(
                 answer.content_type, take_out=prepared.take_usage_out, fingerprint=stream.model.fingerprint
             )
+            if answer.status >= INVALID_STATUS:
+                stream.asked = None
             if answer.status == INVALID_STATUS:
                 await self._relay_refusal(stream, answer, prepared)
             else:
@@ -371,11 +396,14 @@ class Serving:
     async def _relay(self, stream: _Stream, answer: Answer, reader: UsageReader) -> None:
         """The hot path: no task switch per chunk while there is credit."""
         number, link, counters = stream.submit.stream, stream.link, self._counters
+        deliver = stream.delivered.add if stream.asked is not None and _is_event_stream(answer) else None
 
         def take(chunk: bytes) -> bytes | None:
             counters.chunks += 1
             counters.chunk_bytes += len(chunk)
             payload = reader.feed(chunk)
+            if deliver is not None:
+                deliver(payload)
             return link.offer(number, payload) if payload else None
 
         while (rest := await answer.deliver(take)) is not None:
@@ -405,6 +433,12 @@ class Serving:
         self._give_back(stream)
         self._count(Outcome.FAILED)
         stream.link.fail(stream.submit.stream, code, message, retryable=retryable)
+        if code is not FailCode.ENGINE_UNAVAILABLE:
+            self._count_usage(stream)
+
+
+def _is_event_stream(answer: Answer) -> bool:
+    return answer.content_type.startswith("text/event-stream")
 
 
 def _headers(submit: Submit) -> dict[str, str]:

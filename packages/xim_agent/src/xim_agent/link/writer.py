@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xim_protocol.agent_session import AgentSession
 from xim_protocol.codec import Frames
 from xim_protocol.ids import StreamId
-from xim_protocol.messages import Channel, FailCode, RefusalReason, Usage
+from xim_protocol.messages import Channel, Counted, FailCode, RefusalReason, Usage
 
 FULL_BYTES = 32 * 1024
 """So much waits for company at most; half of what one message carries."""
@@ -146,6 +146,11 @@ class StreamWriter:
         announced = self._session.announce_slots(free)
         self.flush()
         return announced
+
+    def report_counted(self, counted: Counted) -> None:
+        """What a stream cost that ended without the engine's report; lost where no link can carry it."""
+        self._session.report_counted(counted)
+        self.flush_pending()
 
     # --- What the session was told ---------------------------------------------------------------------------------
 
