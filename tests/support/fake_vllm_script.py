@@ -2,7 +2,7 @@
 
 A script is the engine's defaults (`--fake-...` flags), overridden by the request itself. A request carries its
 script as a JSON object in the body's `user` field, or after the word `fake:` at the start of its last user text
-(`messages`, `prompt` or `input`, whichever the route has):
+(`messages`, `prompt` or `input`, whichever the route has; /tokenize reads `user` alone):
 
     {"role": "user", "content": "fake:{\"chunks\": 64, \"interval_ms\": 10, \"seed\": 7}"}
 
@@ -19,6 +19,7 @@ PREFIX = "fake:"
 
 # Texts are cut from blocks of this many characters; the cache holds a few thousand of them.
 _BLOCK_CHARS = 4096
+_WORDS = [f"{word:x}" for word in range(_BLOCK_CHARS // 6 + 1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +105,8 @@ def expected_text(seed: int, length: int) -> str:
 
 @lru_cache(maxsize=2048)
 def _block(seed: int, number: int) -> str:
-    words = (f"{seed:x}.{number:x}.{word:x} " for word in range(_BLOCK_CHARS // 6 + 1))
-    return "".join(words)[:_BLOCK_CHARS]
+    start = f"{seed:x}.{number:x}."
+    return (start + f" {start}".join(_WORDS) + " ")[:_BLOCK_CHARS]
 
 
 def _written_in(body: Mapping[str, Any]) -> str | None:
