@@ -236,6 +236,7 @@ async def test_the_routes_that_generate_nothing_answer(engine: Engine) -> None:
             return await response.json()
 
     tokens = (await post("/tokenize", prompt="héllo"))["tokens"]
+    assert (await post("/tokenize", prompt='fake:{"hang": true}'))["count"] == 19
     assert (await post("/detokenize", tokens=tokens))["prompt"] == "héllo"
     assert len((await post("/v1/embeddings", input=["a", "b"]))["data"]) == 2
     assert (await post("/rerank", query="a b", documents=["c", "a"]))["results"][0]["index"] == 1
