@@ -18,7 +18,8 @@ from bench.subject import Subject
 _SETTLE_S = 0.4
 _SLOW_SETTLE_S = 1.5
 _SLACK_S = 15.0
-_ENDLESS_S = 30.0
+_BEGIN_S = 45.0
+_ENDLESS_S = 90.0
 _LOOK_S = 0.05
 _SEEDS = 64
 _CALM_SHARE = 0.05
@@ -244,7 +245,7 @@ def _cpu(subject: Subject) -> dict[str, float]:
 
 async def until_begun(answers: list[Answer]) -> None:
     """Every answer has begun. Raises: TimeoutError."""
-    async with asyncio.timeout(_SLACK_S):
+    async with asyncio.timeout(_BEGIN_S):
         for answer in answers:
             while answer.first_at is None and not answer.done.done():  # noqa: ASYNC110 - the client stays that cheap
                 await asyncio.sleep(_LOOK_S)

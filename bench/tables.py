@@ -23,11 +23,13 @@ def markdown(results: Results) -> str:
     if paced:
         blocks += [
             "## Added time to first token, in ms",
-            "Through the router less the engine alone in the same repeat; paced clients, each with a fresh request as "
-            "soon as its last stream has ended (and a pause of up to one step).",
+            "Through the router less the engine alone in the same repeat. Each client has one paced stream after the "
+            "other, with a pause of up to one step before each request.",
             _added_table(results, "ttft_ms", "requests"),
             "## Added time between two reads of a stream, in ms",
             _added_table(results, "gap_ms", "times"),
+            "## Chunks delivered to paced clients, % of those that the engine alone delivered in the same repeat",
+            _delivered_table(results, paced),
         ]
     if requests:
         blocks += ["## CPU of the router per request, in us", _cpu_table(results, requests)]
@@ -111,13 +113,16 @@ def _ratio(results: Results, scenario: Scenario, subject: str, baseline: str) ->
 
 
 def _delivered_table(results: Results, scenarios: list[Scenario]) -> str:
-    rows = []
-    for scenario in scenarios:
-        cells = [scenario.name]
-        for name in results.subjects:
-            shares = [m.units / m.expected_units for m in results.of(scenario.name, name) if m.expected_units]
-            cells.append(f"{100 * statistics.median(shares):.0f}" if shares else "-")
-        rows.append(cells)
+    def share(scenario: Scenario, subject: str) -> str:
+        alone = {m.repeat: m.units for m in results.of(scenario.name, ALONE)}
+        shares = [
+            m.units / due
+            for m in results.of(scenario.name, subject)
+            if (due := m.expected_units or alone.get(m.repeat)) is not None and due > 0
+        ]
+        return f"{100 * statistics.median(shares):.0f}" if shares else "-"
+
+    rows = [[scenario.name, *(share(scenario, name) for name in results.subjects)] for scenario in scenarios]
     return table(["", *results.subjects], rows)
 
 

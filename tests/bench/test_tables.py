@@ -41,6 +41,11 @@ def test_added_times_stand_beside_what_the_engine_alone_has() -> None:
     assert f"| {TTFT}, p99 | 4.50 (3.00 - 6.00) | - | - | - | 4.50 (3.00 - 6.00) | 10 |" in text
 
 
+def test_chunks_of_paced_clients_are_counted_against_the_engine_alone() -> None:
+    text = markdown(results([*first_token("engine alone", TTFT, 1.0, 1.0), *first_token("xim", TTFT, 1.0, 1.0)]))
+    assert f"| {TTFT} | 100 | 100 | - | - | - |" in text
+
+
 def test_what_a_slow_subject_was_not_asked_is_said() -> None:
     text = markdown(results([*cost("xim", "256 streams, spread", 1.0, 1.0), *cost("xim", SPREAD, 1.0, 1.0)]))
     assert "Not asked of litellm, which cannot carry as many chunks per second: 256 streams, spread." in text
