@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from tests.router.control.plane_under_test import Clock, Node, PlaneUnderTest
 from tests.support.ports import free_ports
-from tests.support.programs import PATIENCE_S
+from tests.support.programs import PATIENCE_S, Program, clean_environment, eventually
 from xim_protocol.enrollment import JoinKey
 from xim_router.cli import main
 from xim_router.control.plane import ControlPlane
@@ -225,35 +225,30 @@ def test_when_an_agent_was_seen_last_decides_its_status(
 
 async def test_commands_take_effect_beside_a_running_router(cli: Cli, tmp_path: Path, database_url: str) -> None:
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-    env = os.environ | {name: str(port) for name, port in ports.items()}
-    env |= {"XEROTIER_ROUTER_DATA_DIR": str(tmp_path / "state"), "XEROTIER_ROUTER_DATABASE_URL": database_url}
-    serving = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "xim_router", "serve", env=env, stderr=asyncio.subprocess.PIPE
-    )
-    assert serving.stderr is not None
+    state = {"XEROTIER_ROUTER_DATA_DIR": str(tmp_path / "state"), "XEROTIER_ROUTER_DATABASE_URL": database_url}
+    environment = clean_environment(**state, **{name: str(port) for name, port in ports.items()})
+    # It logs to a file: nobody reads while it is asked again and again, and a pipe would be full at some time.
+    router = Program("router", [sys.executable, "-m", "xim_router", "serve"], environment, tmp_path / "router.log")
+    router.start()
     try:
-        async with asyncio.timeout(PATIENCE_S):
-            said = b""
-            while b'"serving"' not in said:
-                line = await serving.stderr.readline()
-                assert line, said.decode()
-                said += line
-        assert b"xerotier-router project create --slug demo" in said
+        await eventually(lambda: router.lines("serving") or not router.running, what="it serves")
+        assert "xerotier-router project create --slug demo" in router.written()
         await asyncio.to_thread(cli, "project", "create", "--slug", "demo")
         key = made(await asyncio.to_thread(cli, "key", "create", "--project", "demo", "--name", "n", "--json"))
-        url = f"http://127.0.0.1:{ports['XEROTIER_ROUTER_HTTP_PORT']}/v1/models"
         headers = {"authorization": f"Bearer {key['key']}"}
-        async with httpx2.AsyncClient(headers=headers) as client, asyncio.timeout(PATIENCE_S):
-            while (await client.get(url)).status_code != 200:
-                pass
+        url = f"http://127.0.0.1:{ports['XEROTIER_ROUTER_HTTP_PORT']}"
+        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE_S, trust_env=False) as client:
+
+            async def answers(status: int) -> bool:
+                return (await client.get("/v1/models")).status_code == status
+
+            await eventually(lambda: answers(200), what="the key is good")
             await asyncio.to_thread(cli, "key", "revoke", key["id"])
-            while (await client.get(url)).status_code != 401:
-                pass
+            await eventually(lambda: answers(401), what="the key is good no more")
     finally:
-        serving.terminate()
-        said += await serving.stderr.read()
-    assert await serving.wait() == 0, said.decode()
-    assert key["key"].encode() not in said
+        status = await router.terminate()
+    assert status == 0, router.tail()
+    assert key["key"] not in router.written()
 
 
 def test_the_program_itself_runs_and_fails_without_a_traceback(tmp_path: Path) -> None:
