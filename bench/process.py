@@ -109,19 +109,25 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
     await child.wait()
 
 
-async def wait_until_ready(process: psutil.Process, port: int, path: str, *, log: Path, timeout_s: float) -> float:
+async def wait_until_ready(
+    process: psutil.Process, port: int, path: str, *, log: Path, timeout_s: float, needs: Sequence[psutil.Process] = ()
+) -> float:
     """Wait until GET `path` on 127.0.0.1:`port` is answered with 200; returns when that was, by the monotonic clock.
 
-    Raises: StartFailed if the process ends first, or the time is over.
+    Raises: StartFailed if the process, or one that it needs, ends first, or the time is over.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            raise StartFailed(f"{log.stem} ended while starting:\n{tail_of(log)}")
+        if any(_has_ended(each) for each in (process, *needs)):
+            raise StartFailed(f"{log.stem}, or what it needs, ended while starting:\n{tail_of(log)}")
         if await _status_of(port, path) == 200:
             return time.monotonic()
         await asyncio.sleep(_POLL_S)
     raise StartFailed(f"{log.stem} is not ready after {timeout_s:.0f} s:\n{tail_of(log)}")
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 async def _status_of(port: int, path: str) -> int | None:

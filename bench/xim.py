@@ -85,7 +85,7 @@ async def _topology(work: Path, env: dict[str, str], workers: int) -> AsyncItera
         start_s = await wait_until_ready(router, port, "/healthz", log=router_log, timeout_s=_READY_S) - begun
         async with running(agent_command, log=agent_log, env=_agent_environment(work, join_key)) as agent:
             try:
-                await wait_until_ready(router, port, "/readyz", log=router_log, timeout_s=_READY_S)
+                await wait_until_ready(router, port, "/readyz", log=router_log, timeout_s=_READY_S, needs=[agent])
                 target = Target(host="127.0.0.1", port=port, model=MODEL, api_key=api_key)
                 # New connections, and so all workers: who answers one of them is not known.
                 for _ in range(8 * workers if workers > 1 else 1):
