@@ -81,7 +81,7 @@ async def test_a_body_of_100_mb_is_answered_413(topology: Topology, announced: b
     size = {"Content-Length": str(1600 * 65_536)} if announced else {}
     try:
         answer = await topology.http.post(CHAT, headers=topology.headers() | JSON | size, content=pieces())
-    except httpx2.WriteError:
+    except httpx2.NetworkError:
         # The router may close before the client has looked at its answer; it read no more than its limit.
         assert sent < 64 * 1024 * 1024
     else:
