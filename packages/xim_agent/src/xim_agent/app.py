@@ -6,35 +6,34 @@ import gc
 import logging
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import uvloop
 
+from xim_agent.joining import node_facts
 from xim_agent.link.credentials import CredentialStore
-from xim_agent.link.enrollment import Enroller, NodeFacts
+from xim_agent.link.enrollment import Enroller
 from xim_agent.link.sockets import Transport
-from xim_agent.node import VERSION, Node
+from xim_agent.node import Node
 from xim_agent.settings import AgentSettings
 from xim_agent.socket_buffers import raise_socket_buffers
 from xim_agent.surroundings import look_around
-from xim_protocol.join_key import JoinKey, JoinKeyError
-from xim_protocol.messages import PROTOCOL_VERSION
+from xim_protocol.join_key import JoinKey
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def run(settings: AgentSettings) -> int:
+def run(settings: AgentSettings, join_key: JoinKey | None) -> int:
     """Run the agent until a signal; the exit status: 0 after an orderly end, 1 after an error, told with its remedy."""
     raise_file_limit()
     raise_socket_buffers()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            runner.run(serve(settings))
+            runner.run(serve(settings, join_key))
         except asyncio.CancelledError:
             log.warning("forced to stop")
             return 1
@@ -45,50 +44,18 @@ def run(settings: AgentSettings) -> int:
     return 0
 
 
-async def serve(settings: AgentSettings) -> None:
+async def serve(settings: AgentSettings, join_key: JoinKey | None) -> None:
     """Everything between the start and the end. Raises what an operator has to be told, with a `remedy`."""
     stop = StopRequest()
     surroundings = await stop.unless_asked(asyncio.to_thread(look_around, settings))
     if surroundings is None:
         return
     with CredentialStore(settings.config_directory) as store, Transport() as transport:
-        facts = NodeFacts(
-            hostname=socket.gethostname(),
-            agent_version=VERSION,
-            protocol_version=PROTOCOL_VERSION,
-            name=settings.name,
-            max_concurrent=settings.max_concurrent or 0,
-        )
-        enroller = Enroller(store, facts, allow_insecure=settings.allow_insecure)
-        stored = await stop.unless_asked(enroller.start(join_key_of(settings)))
+        enroller = Enroller(store, node_facts(settings), allow_insecure=settings.allow_insecure)
+        stored = await stop.unless_asked(enroller.start(join_key))
         if stored is not None:
             settle_memory()
             await Node(settings, surroundings, transport, enroller, stop.asked).run()
-
-
-def join_key_of(settings: AgentSettings) -> JoinKey | None:
-    """The join key, if one was given.
-
-    Raises:
-        SettingUnusable: it is no whole join key.
-    """
-    if settings.join_key is None:
-        return None
-    try:
-        return JoinKey.parse(settings.join_key.get_secret_value())
-    except JoinKeyError as error:
-        raise SettingUnusable(
-            f"XEROTIER_AGENT_JOIN_KEY: {error}.",
-            "Copy the whole key again, or make a new one: xerotier-router join-key create --project P --endpoint E",
-        ) from None
-
-
-class SettingUnusable(Exception):
-    """A setting cannot be used; `remedy` says what to do."""
-
-    def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(f"{message} {remedy}")
-        self.message, self.remedy = message, remedy
 
 
 class StopRequest:

@@ -5,9 +5,7 @@ with a traceback: 1 for what the router or the node refuses, 2 for a wrong setti
 """
 
 import asyncio
-import importlib.metadata
 import logging
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +13,15 @@ from typing import Any
 
 import click
 
+from xim_agent.joining import node_facts, version
 from xim_agent.link.credentials import CredentialsError, CredentialStore
-from xim_agent.link.enrollment import Enroller, EnrollmentFailed, NodeFacts, NotEnrolled
+from xim_agent.link.enrollment import Enroller, EnrollmentFailed, NotEnrolled
 from xim_agent.settings import AgentSettings, shown_value
 from xim_agent.settings_check import SettingsInvalid, advice, load_settings, warnings
 from xim_agent.settings_reference import SettingRow, help_text, rows
 from xim_agent.settings_types import Group
 from xim_agent.telemetry import logs
 from xim_protocol.enrollment import JoinKey, JoinKeyError
-from xim_protocol.messages import PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +46,6 @@ class SettingsError(OperatorError):
     """A setting that cannot be used."""
 
     exit_code = 2
-
-
-def version() -> str:
-    """The agent's version."""
-    return importlib.metadata.version("xim_agent")
 
 
 def _option(row: SettingRow) -> Callable[[Any], Any]:
@@ -115,17 +108,6 @@ def join_key_of(settings: AgentSettings) -> JoinKey | None:
         return JoinKey.parse(settings.join_key.get_secret_value())
     except JoinKeyError as error:
         raise OperatorError(f"{error} [{error.code}]", error.remedy) from None
-
-
-def node_facts(settings: AgentSettings) -> NodeFacts:
-    """What this node says of itself."""
-    return NodeFacts(
-        hostname=socket.gethostname(),
-        agent_version=version(),
-        protocol_version=PROTOCOL_VERSION,
-        name=settings.name,
-        max_concurrent=settings.max_concurrent or 0,
-    )
 
 
 class _WithVariables(click.Command):
@@ -194,11 +176,11 @@ async def _enroll(settings: AgentSettings, join_key: JoinKey | None, *, again: b
 def run(**flags: Any) -> None:
     """Enroll if need be, start vLLM and serve until told to stop."""
     settings = settings_from(flags)
-    join_key_of(settings)  # a damaged key is told before anything else starts
+    join_key = join_key_of(settings)  # a damaged key is told before anything else starts
     tell_about(settings)
     from xim_agent.app import run as run_agent  # the other commands need neither ZeroMQ nor the engine
 
-    sys.exit(run_agent(settings))
+    sys.exit(run_agent(settings, join_key))
 
 
 @main.command()

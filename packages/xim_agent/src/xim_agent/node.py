@@ -6,13 +6,13 @@ import logging
 import os
 import platform
 import uuid
-from importlib.metadata import version
 
 from xim_agent.assigned_engine import STOP_S, AssignedEngine
 from xim_agent.engine.client import EngineClient, EngineError
 from xim_agent.engine.figures import Figures, keep_reading
 from xim_agent.engine.process import EngineState
 from xim_agent.engine.salt import BUILT_IN_SECRET
+from xim_agent.joining import version
 from xim_agent.lifecycle import AgentState as State
 from xim_agent.lifecycle import Step, after
 from xim_agent.link.connection import Connection
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 30.0
 """What is in flight may take so long to finish after the first signal."""
-VERSION = version("xim_agent")
+VERSION = version()
 
 _WORDS: dict[State, AgentState] = {
     State.UNENROLLED: AgentState.CONNECTING,

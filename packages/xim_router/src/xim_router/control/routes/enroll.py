@@ -1,7 +1,9 @@
 """`POST /v1/enroll` and `POST /v1/enroll/refresh`: a body is read, checked and answered from the one table."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -32,36 +34,29 @@ def enroll_routes(enroller: Enroller) -> APIRouter:
 
     @router.post("/v1/enroll", status_code=201)
     async def enroll(request: Request) -> Response:
-        body = await _json_body(request)
-        try:
-            wanted = EnrollRequest.from_json(body)
-            outcome = await enroller.enroll(wanted)
-        except JoinKeyError as error:
-            raise ApiError(error.code, f"{error} {error.remedy}", param="join_key") from error
-        except EnrollmentBodyInvalid as error:
-            raise ApiError("invalid_body", str(error), param=error.field) from error
-        except DatabaseUnavailable as error:
-            raise _unavailable(error) from error
-        return _answered(outcome, 201)
+        with _told():
+            return _answered(await enroller.enroll(EnrollRequest.from_json(await _json_body(request))), 201)
 
     @router.post("/v1/enroll/refresh")
     async def refresh(request: Request) -> Response:
-        body = await _json_body(request)
-        try:
-            wanted = RefreshRequest.from_json(body)
-            outcome = await enroller.refresh(wanted)
-        except EnrollmentBodyInvalid as error:
-            raise ApiError("invalid_body", str(error), param=error.field) from error
-        except DatabaseUnavailable as error:
-            raise _unavailable(error) from error
-        return _answered(outcome, 200)
+        with _told():
+            return _answered(await enroller.refresh(RefreshRequest.from_json(await _json_body(request))), 200)
 
     return router
 
 
-def _unavailable(error: DatabaseUnavailable) -> ApiError:
-    log.warning("enrollment without database", extra={"why": str(error), "remedy": error.remedy})
-    return ApiError(EnrollmentCode.CONTROL_UNAVAILABLE)
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns what is wrong with a request, or with the database, into the answer that says so."""
+    try:
+        yield
+    except JoinKeyError as error:
+        raise ApiError(error.code, f"{error} {error.remedy}", param="join_key") from error
+    except EnrollmentBodyInvalid as error:
+        raise ApiError("invalid_body", str(error), param=error.field) from error
+    except DatabaseUnavailable as error:
+        log.warning("enrollment without database", extra={"why": str(error), "remedy": error.remedy})
+        raise ApiError(EnrollmentCode.CONTROL_UNAVAILABLE) from error
 
 
 def _answered(outcome: Enrollment | EnrollmentCode, status: int) -> Response:
