@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.faults.parts import all_true, engine_runs, load_on, metric_is
-from tests.support.accounts import ENDPOINT, Accounts
+from tests.support.accounts import ENDPOINT, PROJECTS, Accounts
 from tests.support.http_client import Call, open_call, request_bytes
 from tests.support.load import GENERATING, Route
 from tests.support.stopwatch import Stopwatch
@@ -72,7 +72,8 @@ async def topologies(
     made = {TaskMode.GENERATE: topology}
     async with AsyncExitStack() as stack:
         for mode in (TaskMode.EMBED, TaskMode.SCORE):
-            accounts = Accounts.prepare(tmp_path_factory.mktemp(mode.value) / "router", task_mode=mode)
+            folder = tmp_path_factory.mktemp(mode.value) / "router"
+            accounts = Accounts.prepare(folder, projects=PROJECTS[:1], task_mode=mode)
             made[mode] = await stack.enter_async_context(Topology(accounts))
             await made[mode].start_node(MAX_CONCURRENT="1")
         yield made

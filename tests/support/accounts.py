@@ -94,20 +94,20 @@ class Accounts:
         environment = clean_environment(
             XEROTIER_ROUTER_DATA_DIR=str(data_dir), XEROTIER_ROUTER_DATABASE_URL=database_url
         )
-        kinds: list[list[dict[str, Any]]] = []
+        commands: list[tuple[str, ...]] = []
         for project in projects:
             of_project = ("create", "--project", project)
-            made = router_commands(
+            commands += [
                 ("project", "create", "--slug", project),
                 ("endpoint", *of_project, "--slug", ENDPOINT, "--model", "XIM-Tiny", "--task-mode", task_mode.value),
                 ("key", *of_project, "--name", "tests"),
                 ("join-key", *of_project, "--max-uses", "1000"),
-                environment=environment,
-            )
-            kinds.append(made)
+            ]
+        made = iter(router_commands(*commands, environment=environment))
+        rows = {project: (next(made), next(made), next(made), next(made)) for project in projects}
         return cls(
             data_dir=data_dir,
-            project_ids={project: str(made[0]["id"]) for project, made in zip(projects, kinds, strict=True)},
-            api_keys={project: str(made[2]["key"]) for project, made in zip(projects, kinds, strict=True)},
-            join_keys={project: str(made[3]["key"]) for project, made in zip(projects, kinds, strict=True)},
+            project_ids={name: str(project["id"]) for name, (project, _, _, _) in rows.items()},
+            api_keys={name: str(key["key"]) for name, (_, _, key, _) in rows.items()},
+            join_keys={name: str(join_key["key"]) for name, (_, _, _, join_key) in rows.items()},
         )
