@@ -66,7 +66,7 @@ async def at_rest(net: Networked, node: Node) -> Holding:
         recent = [found for at, found in looks if at > now - QUIET_S]
         return looks[0][0] < now - QUIET_S and all(found == recent[0] for found in recent)
 
-    await eventually(quiet, within_s=30.0, what="descriptors stay as they are")
+    await eventually(quiet, within_s=120.0, what="descriptors stay as they are")
     return await holding(net, node)
 
 
