@@ -51,4 +51,4 @@ async def test_every_byte_of_many_streams_arrives_and_an_idle_one_costs_little_m
         assert_whole(await readings(clients))
         record_property("seconds", round(time.monotonic() - started, 1))
         await nothing_left(topology)
-        assert not topology.router.lines(level="ERROR")
+        assert not topology.router.lines(level="error")
