@@ -1,6 +1,7 @@
 """Event streams on a live installation: keep-alives, first chunks that nobody holds back, and no delay by Nagle."""
 
 import ctypes
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -93,6 +94,8 @@ def sockets_of(program: Program) -> Iterator[tuple[socket.socket, int, int]]:
             if connection.status != psutil.CONN_ESTABLISHED:
                 continue
             copy = getfd(_PIDFD_GETFD, pidfd, connection.fd, 0)
+            if copy < 0 and ctypes.get_errno() == errno.EBADF:
+                continue  # it was closed after the list was made
             if copy < 0:
                 pytest.skip(f"this system lets nobody look at another's sockets: {os.strerror(ctypes.get_errno())}")
             with socket.socket(fileno=copy) as seen:
