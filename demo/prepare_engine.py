@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -234,10 +235,23 @@ def _logged(command: Sequence[str]) -> int:
     with open(LOG, "a", encoding="utf-8") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        # No time limit: how long a gigabyte takes is the network's business, and the counter shows that it goes on.
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=_environment(), check=False
-        ).returncode
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env=_environment(),
+            start_new_session=True,
+        )
+        try:
+            # No time limit: how long a gigabyte takes is the network's business, and the counter shows that it goes on.
+            return process.wait()
+        except BaseException:
+            # Workers of compileall wait for ever once their leader is gone, so all of them end here together.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
 
 
 def _environment() -> dict[str, str]:

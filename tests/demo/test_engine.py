@@ -1,15 +1,20 @@
 """Which vLLM is chosen, and the parts of the one that is prepared."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from demo import engine, prepare_engine
 from demo.engine import Engine, EngineUnusable, choose_engine, start_options
+from tests.support.programs import PATIENCE_S
 
 Program = Callable[[str, str], Path]
 
@@ -86,3 +91,48 @@ def test_a_failed_step_is_told_with_its_remedy_and_the_end_of_its_log(
     ways = [[sys.executable, "-c", f"raise SystemExit('way {n}')"] for n in (1, 2)]
     with pytest.raises(prepare_engine.PreparationFailed, match=r"(?s)Making it failed. Do that.*way 1.*way 2"):
         prepare_engine._first_that_works(ways, "Making it", "Do that.")
+
+
+# A step as `make demo` runs it, with a worker below it that does not hear Ctrl-C, as those of compileall do not.
+STEP = """
+import sys
+from pathlib import Path
+from demo import prepare_engine
+from demo.processes import Signals, StopRequested
+prepare_engine.LOG = Path(sys.argv[1])
+Signals().install()
+try:
+    prepare_engine._logged([sys.executable, "-c", sys.argv[2]])
+except StopRequested:
+    print("stopped")
+"""
+LEADER = """
+import subprocess, sys, time
+deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+worker = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True)
+worker.stdout.readline()
+print("worker", worker.pid, "is up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_step_that_is_stopped_leaves_no_worker_behind(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    program = subprocess.Popen(
+        [sys.executable, "-c", STEP, str(log), LEADER], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while not (lines := [line for line in log.read_text().splitlines() if line.endswith("is up")]):
+        assert program.poll() is None
+        assert time.monotonic() < deadline
+    worker = psutil.Process(int(lines[0].split()[1]))
+    try:
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
+        output, _ = program.communicate(timeout=PATIENCE_S)
+        assert output == "stopped\n"
+        _, left = psutil.wait_procs([worker], timeout=5.0)
+        assert left == []
+    finally:
+        if worker.is_running():
+            worker.kill()
