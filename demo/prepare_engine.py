@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from demo.progress import say, step
@@ -249,7 +249,8 @@ def _logged(command: Sequence[str]) -> int:
             return process.wait()
         except BaseException:
             # Workers of compileall wait for ever once their leader is gone, so all of them end here together.
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended in this moment
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
 
