@@ -128,12 +128,13 @@ async def test_without_a_key_the_remedy_is_one(tmp_path: Path) -> None:
     assert "XEROTIER_AGENT_JOIN_KEY" in done.stderr
 
 
-async def test_an_unusable_config_directory_is_told_with_the_chown(tmp_path: Path) -> None:
+async def test_an_unusable_config_directory_is_told_with_its_remedy(tmp_path: Path) -> None:
     file = tmp_path / "file"
     await asyncio.to_thread(file.write_text, "")
     done = await agent("enroll", XEROTIER_AGENT_CONFIG_DIR=str(file / "config"))
     assert done.returncode == 1
-    assert "chown" in done.stderr
+    assert "Set XEROTIER_AGENT_CONFIG_DIR to a directory" in done.stderr
+    assert "chown" not in done.stderr
 
 
 async def test_settings_shows_every_value_with_its_origin_and_no_secret() -> None:

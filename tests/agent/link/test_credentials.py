@@ -1,5 +1,6 @@
 """Keys and credentials on disk."""
 
+import errno
 import json
 import os
 import stat
@@ -132,13 +133,28 @@ def test_an_enrolled_node_without_its_keys_does_not_make_others(store: Credentia
         store.keys()
 
 
-def test_a_directory_that_cannot_be_made_names_path_uid_and_chown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_a_file_in_the_directorys_place_is_named_and_not_given_away(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CredentialsError) as unusable, CredentialStore(tmp_path / "file" / "x"):
+    place = tmp_path / "file" / below
+    with pytest.raises(CredentialsError) as unusable, CredentialStore(place):
         pytest.fail("it cannot be made")
-    assert str(tmp_path / "file" / "x") in unusable.value.message
+    assert str(place) in unusable.value.message
     assert f"uid {os.getuid()}" in unusable.value.message
-    assert f"chown -R {os.getuid()}:" in unusable.value.remedy
+    assert "chown" not in unusable.value.remedy
+    assert "XEROTIER_AGENT_CONFIG_DIR" in unusable.value.remedy
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_directory_that_is_another_users_is_told_with_the_chown(tmp_path: Path, number: int) -> None:
+    remedy = DirectoryUnusable(tmp_path, OSError(number, os.strerror(number))).remedy
+    assert f"sudo chown -R {os.getuid()}:{os.getgid()} {tmp_path}" in remedy
+
+
+def test_chown_is_advised_for_nothing_else(tmp_path: Path) -> None:
+    others = set(errno.errorcode) - {errno.EACCES, errno.EPERM}
+    remedies = {number: DirectoryUnusable(tmp_path, OSError(number, os.strerror(number))).remedy for number in others}
+    assert not [remedy for remedy in remedies.values() if not remedy or "chown" in remedy]
 
 
 def test_the_curve_key_is_a_pair_that_libzmq_accepts() -> None:

@@ -12,6 +12,7 @@ from xim_agent.facts.hardware import HardwareFacts
 from xim_agent.facts.model import ModelFacts, ModelUnreadable
 from xim_agent.facts.read_hardware import read_this_machine
 from xim_agent.facts.read_model import read_model
+from xim_agent.link.credentials import DirectoryUnusable
 from xim_agent.planning.decision import Given, Places, Wanted
 from xim_agent.planning.engine_facts import PACKAGES_OF_INTEREST, EngineFacts
 from xim_agent.planning.plan import EnginePlan, SocketPathTooLong, default_socket_path, plan_engine
@@ -147,7 +148,7 @@ def write_files(plan: EnginePlan, surroundings: Surroundings, wanted: Wanted) ->
     except OSError as error:
         log.warning(
             "LMCache is not used: its configuration cannot be written; the engine runs without KV offload",
-            extra={"error": str(error), "remedy": f"chown -R {os.getuid()} {surroundings.places.config}"},
+            extra={"error": str(error), "remedy": DirectoryUnusable(surroundings.places.config, error).remedy},
         )
         packages = (surroundings.engine.packages or frozenset(PACKAGES_OF_INTEREST)) - {"lmcache"}
         without = replace(surroundings.engine, packages=packages)

@@ -45,8 +45,11 @@ class DirectoryUnusable(CredentialsError):
 
     def __init__(self, path: Path, error: OSError) -> None:
         uid, gid = os.getuid(), os.getgid()
-        remedy = f"Give it to this user: sudo chown -R {uid}:{gid} {path}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Set XEROTIER_AGENT_CONFIG_DIR to a directory that this user can make or write"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            # Nothing else is mended by it: where a file or a system's directory is named, it does harm.
+            remedy = f"Give it to this user: sudo chown -R {uid}:{gid} {path}"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "Free space on that disk"
         elif error.errno == errno.EROFS:
             remedy = "Mount it writable, or set XEROTIER_AGENT_CONFIG_DIR to another place"
