@@ -100,7 +100,7 @@ def _router_value(row: Setting) -> str:
 
 def _agent_value(row: SettingRow) -> str:
     """As `_router_value`."""
-    return shown_value(AgentSettings.model_fields[row.field].default)
+    return "" if row.in_words else shown_value(AgentSettings.model_fields[row.field].default)
 
 
 def _words(value: str, words: str, unit: str) -> str:

@@ -92,6 +92,12 @@ def test_all_problems_are_told_at_once_with_value_rule_and_remedy(monkeypatch: p
     assert f"{A}METRICS_PORT='0': must be at least 1. The default is 9094" in str(invalid.value)
 
 
+def test_a_wrong_value_is_answered_with_the_default_as_the_table_words_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(A + "TENSOR_PARALLEL_SIZE", "0")
+    with pytest.raises(SettingsInvalid, match="The default is derived from the visible GPUs"):
+        load_settings({})
+
+
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(A + "JOIN_KEY", "xjk_hidden")
     monkeypatch.setenv(A + "VLLM_SALT_SECRET", "hidden")

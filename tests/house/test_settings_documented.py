@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tests.house.sources import ROOT
 from xim_agent.cli import main as agent
 from xim_agent.settings import NOT_YET_EFFECTIVE, AgentSettings
+from xim_agent.settings_reference import SettingRow, rows
 from xim_router.cli import main as router
 from xim_router.settings import RouterSettings
 
@@ -48,6 +49,15 @@ def test_a_variable_of_the_agent_stands_in_help(variable: str, command: tuple[st
 def test_a_variable_of_the_agent_is_documented(field: str, variable: str) -> None:
     assert has_word(read("docs/reference/agent-settings.md"), variable)
     assert has_word(read("deploy/env/agent.env.example"), variable) == (field not in NOT_YET_EFFECTIVE)
+
+
+@pytest.mark.parametrize("row", [row for row in rows() if row.in_words], ids=lambda row: row.field)
+def test_a_default_in_words_is_told_in_words_everywhere(row: SettingRow) -> None:
+    line = next(line for line in read("docs/reference/agent-settings.md").splitlines() if f"`{row.variable}`" in line)
+    assert line.split(" | ")[1] == row.default
+    if not row.not_yet:
+        assert f"#{row.variable}=\n" in read("deploy/env/agent.env.example")
+    assert f"{row.variable}  [{row.default}" in help_of(agent, "run")
 
 
 def test_settings_without_effect_stand_in_one_place_of_the_page() -> None:

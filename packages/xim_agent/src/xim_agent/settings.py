@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import platformdirs
 from pydantic import Field, SecretStr, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from xim_agent.settings_types import (
@@ -108,7 +109,7 @@ class AgentSettings(BaseSettings):
         Group.SERVING,
         "Most requests at once; the router sends no more.",
         flag="enroll run",
-        shown="automatic: 5 on a CPU, else what fits, MAX_NUM_SEQS at most",
+        shown="automatic: 5 on a CPU, else what fits, at most MAX_NUM_SEQS and 64 for each GPU",
     )
     vllm_salt_secret: SecretStr | None = _setting(
         None,
@@ -436,6 +437,12 @@ def shown_value(value: object) -> str:
         case float():
             return f"{value:g}"
     return str(value)
+
+
+def default_of(info: FieldInfo) -> str:
+    """A setting's default as an operator reads it: the table's words, else its value; empty where there is none."""
+    extra = info.json_schema_extra
+    return (str(extra["shown"]) if isinstance(extra, dict) else "") or shown_value(info.default)
 
 
 def shown_words(words: Sequence[str]) -> list[str]:

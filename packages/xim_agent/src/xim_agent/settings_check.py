@@ -12,6 +12,7 @@ from xim_agent.settings import (
     PREFIX,
     STRICT_SWITCHES,
     AgentSettings,
+    default_of,
     environment,
     readable_switch,
     shown_value,
@@ -118,7 +119,7 @@ def _problem(details: object) -> Problem:
     secret = "SecretStr" in str(info.annotation) or variable == f"{PREFIX}VLLM_ENV"
     context = {key: str(value) for key, value in details.get("ctx", {}).items()}
     rule = _RULES.get(details["type"], "{message}").format_map({**context, "message": details["msg"]})
-    default = shown_value(info.default)
+    default = default_of(info)
     remedy = f"The default is {default}; leave it empty to use it." if default else "Leave it empty for the default."
     given = details["input"]
     shown = MASK if secret or isinstance(given, SecretStr) else str(given)[:100]

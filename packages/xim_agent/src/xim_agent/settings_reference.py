@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from xim_agent.settings import NOT_YET_EFFECTIVE, AgentSettings, shown_value
+from xim_agent.settings import NOT_YET_EFFECTIVE, AgentSettings, default_of, shown_value
 from xim_agent.settings_types import Group
 
 
@@ -19,6 +19,8 @@ class SettingRow:
     variable: str
     group: Group
     default: str
+    in_words: bool
+    """The default is a sentence, and no value that could be set."""
     unit: str
     takes: str
     """Range or words, such as `1 to 65535`; empty where any text will do."""
@@ -43,7 +45,8 @@ def rows() -> Iterator[SettingRow]:
             field=field,
             variable=str(info.alias),
             group=extra["group"],
-            default=extra["shown"] or shown_value(info.default) or "none",
+            default=default_of(info) or "none",
+            in_words=bool(extra["shown"]),
             unit=extra["unit"],
             takes=_takes(info, strict=extra["strict"]),
             description=str(info.description),
