@@ -1,15 +1,23 @@
 """Start and stop of the whole router as a process: `xerotier-router serve`, an enrolled agent, clients."""
 
+import asyncio
+import datetime
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import zmq
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from zmq.utils import z85
 
 from tests.support.accounts import ENDPOINT, PROJECTS, Accounts
@@ -115,6 +123,76 @@ async def test_a_port_that_is_taken_is_named_with_its_variable(
     # It starts once the port is free, on the database that it left.
     async with topology:
         pass
+
+
+def self_signed(folder: Path, name: str, algorithm: BestAvailableEncryption | NoEncryption) -> tuple[Path, Path]:
+    """PEM files of a new key and of a certificate for it: certificate, key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "router.example")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    cert_path, key_path = folder / f"{name}.pem", folder / f"{name}.key"
+    cert_path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, algorithm))
+    return cert_path, key_path
+
+
+def key_of_another(folder: Path) -> tuple[Path, Path]:
+    return self_signed(folder, "one", NoEncryption())[0], self_signed(folder, "two", NoEncryption())[1]
+
+
+def no_certificate(folder: Path) -> tuple[Path, Path]:
+    (folder / "text.pem").write_text("root:x:0:0\n")
+    return folder / "text.pem", self_signed(folder, "one", NoEncryption())[1]
+
+
+def no_key(folder: Path) -> tuple[Path, Path]:
+    cert, _ = self_signed(folder, "one", NoEncryption())
+    return cert, cert
+
+
+def locked_key(folder: Path) -> tuple[Path, Path]:
+    return self_signed(folder, "one", BestAvailableEncryption(b"hush"))
+
+
+@pytest.mark.parametrize(
+    ("pair", "wrong", "why"),
+    [
+        (key_of_another, "XEROTIER_ROUTER_TLS_KEY", "does not belong to the certificate"),
+        (no_certificate, "XEROTIER_ROUTER_TLS_CERT", "holds no certificate in PEM"),
+        (no_key, "XEROTIER_ROUTER_TLS_KEY", "holds no private key in PEM"),
+        (locked_key, "XEROTIER_ROUTER_TLS_KEY", "has a password"),
+    ],
+)
+async def test_a_certificate_that_cannot_be_used_is_told_before_anything_is_served(
+    accounts: Accounts, tmp_path: Path, pair: Callable[[Path], tuple[Path, Path]], wrong: str, why: str
+) -> None:
+    cert, key = pair(tmp_path)
+    variables = {"XEROTIER_ROUTER_TLS_CERT": str(cert), "XEROTIER_ROUTER_TLS_KEY": str(key)}
+    topology = Topology(accounts, router=variables)
+    topology.router.start()
+    assert await topology.router.ended() == 1
+    (told,) = [line for line in topology.router.written().splitlines() if line.startswith("Error: ")]
+    assert f"{wrong}={variables[wrong]}" in told
+    assert why in told
+    assert not topology.router.lines("serving")
+    assert "Traceback" not in topology.router.written()
+
+
+async def test_a_whole_certificate_is_served(accounts: Accounts, tmp_path: Path) -> None:
+    cert, key = self_signed(tmp_path, "one", NoEncryption())
+    variables = {"XEROTIER_ROUTER_TLS_CERT": str(cert), "XEROTIER_ROUTER_TLS_KEY": str(key)}
+    topology = Topology(accounts, router=variables)
+    topology.router.start()
+    try:
+        await eventually(lambda: topology.router.lines("serving") or not topology.router.running, what="it serves")
+        trust = ssl.create_default_context(cafile=str(cert))
+        trust.check_hostname = False
+        _, writer = await asyncio.open_connection("127.0.0.1", topology.http_port, ssl=trust)
+        writer.close()
+    finally:
+        assert await topology.router.terminate() == 0, topology.router.tail()
 
 
 # --- Stop ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from xim_protocol.ids import AgentId
 from xim_router.app import _http_config, _Server
 from xim_router.dispatch.catalog import RegisteredAgent, TaskMode
 from xim_router.dispatch.dispatcher import Dispatcher
+from xim_router.dispatch.reports import AgentSeen
 from xim_router.dispatch.roster import Standing
 from xim_router.dispatch.statistics import AgentStatistics
 from xim_router.http.errors import install_error_handlers
@@ -38,7 +39,6 @@ from xim_router.link.broker import Broker
 from xim_router.link.gatekeeper import Gatekeeper
 from xim_router.link.journal import Journal
 from xim_router.link.transport import Transport
-from xim_router.settings import RouterSettings
 from xim_router.telemetry.metrics import RouterMetrics
 
 KEY = "xero_acme_any"
@@ -80,7 +80,11 @@ class Rig:
         self.metrics = RouterMetrics(
             statistics=self.dispatcher.statistics, catalog=lambda: self.catalog, control_stale_s=lambda: 0.0
         )
-        self.broker = Broker(dispatcher=self.dispatcher, journal=Journal(self.metrics))
+        self.seen: list[AgentSeen] = []
+        """What the control plane would be told of agents."""
+        self.broker = Broker(
+            dispatcher=self.dispatcher, journal=Journal(self.metrics), report_seen=lambda seen: self.seen.append(seen)
+        )
         buffers = ResponseBuffers(
             per_response_bytes=response_buffer_bytes, total_bytes=response_buffer_total_bytes, hot=self.metrics.hot
         )
@@ -101,7 +105,7 @@ class Rig:
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self.http_port: int = self._listener.getsockname()[1]
-        self._server = _Server(_http_config(RouterSettings.model_validate({}), self._front()))
+        self._server = _Server(_http_config(self._front()))
         self._serving: asyncio.Task[None] | None = None
         self.publish()
         for name in agents:

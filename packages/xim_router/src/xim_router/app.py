@@ -11,6 +11,7 @@ import logging
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 
@@ -33,22 +34,17 @@ from xim_router.link.broker import Broker
 from xim_router.link.gatekeeper import Gatekeeper
 from xim_router.link.journal import Journal
 from xim_router.link.transport import Transport
+from xim_router.listening import NOT_SENT_BYTES, CannotStart, tls_context
 from xim_router.settings import RouterSettings
 from xim_router.supervisor import UNUSABLE_STATUS
 from xim_router.telemetry.metrics import RouterMetrics
 
 log = logging.getLogger(__name__)
 
-NOT_SENT_BYTES = 32 * 1024
-"""So much of an answer may wait in the kernel for a client that takes nothing."""
 LEAVE_S = 2.0
 """How long the database gets to hear that this router leaves the mesh; else its lease says so."""
 TELL_S = 0.25
 """How long clients and agents get to take the news that this router ends."""
-
-
-class CannotStart(Exception):
-    """The router cannot start for a reason that an operator can mend; the message says how."""
 
 
 def serve(settings: RouterSettings, worker: int | None = None) -> None:
@@ -63,7 +59,8 @@ def serve(settings: RouterSettings, worker: int | None = None) -> None:
     # Its lines of start and stop say less than ours; its warnings and errors stay.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
-        uvloop.run(Router(settings if worker is None else settings.of_worker(worker), worker).run())
+        router = Router(settings if worker is None else settings.of_worker(worker), worker, _tls(settings))
+        uvloop.run(router.run())
     except (CannotStart, ControlError) as error:
         remedy = getattr(error, "remedy", "")
         click.echo(f"Error: {error}" + (f"\n{remedy}" if remedy else ""), err=True)
@@ -82,9 +79,10 @@ def settle_memory() -> None:
 class Router:
     """One router process."""
 
-    def __init__(self, settings: RouterSettings, worker: int | None = None) -> None:
-        """`settings` are this process's own; `worker` as for `serve`."""
+    def __init__(self, settings: RouterSettings, worker: int | None = None, tls: ssl.SSLContext | None = None) -> None:
+        """`settings` are this process's own; `worker` as for `serve`; without `tls` HTTP is plain."""
         self._settings = settings
+        self._tls = tls
         self._worker = worker
         self._stopping = asyncio.Event()
         self._stopped_twice = asyncio.Event()
@@ -156,7 +154,7 @@ class Router:
 
     async def _serve(self, broker: Broker, control: ControlPlane, front: ASGIApp, metrics: RouterMetrics) -> None:
         settings, loop = self._settings, asyncio.get_running_loop()
-        http = _Server(_http_config(settings, front))
+        http = _Server(_http_config(front, self._tls))
         shared = self._worker is not None
         port = _listen(settings.http_host, settings.http_port, "XEROTIER_ROUTER_HTTP_PORT", shared=shared)
         servers = [(http, port)]
@@ -246,7 +244,13 @@ def _config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False, loop="none")
 
 
-def _http_config(settings: RouterSettings, front: ASGIApp) -> uvicorn.Config:
+def _tls(settings: RouterSettings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return tls_context(settings.tls_cert, settings.tls_key)
+
+
+def _http_config(front: ASGIApp, tls: ssl.SSLContext | None = None) -> uvicorn.Config:
     return uvicorn.Config(
         front,
         http=HttpProtocol,
@@ -260,8 +264,7 @@ def _http_config(settings: RouterSettings, front: ASGIApp) -> uvicorn.Config:
         proxy_headers=False,
         # Longer than the usual idle timeout of a proxy in front, so that it is never we who close a reused connection.
         timeout_keep_alive=75,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
     )
 
 
