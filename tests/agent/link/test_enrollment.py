@@ -124,6 +124,16 @@ async def test_a_certificate_nobody_vouches_for_has_its_own_code(opened: Open, t
     assert failed.value.code == EnrollmentCode.CERTIFICATE_INVALID
 
 
+async def test_https_to_a_port_that_speaks_plain_http_has_its_own_code(opened: Open) -> None:
+    async with router() as fake:
+        fake.url = fake.url.replace("http://", "https://")
+        with pytest.raises(EnrollmentFailed, match="plain HTTP") as failed:
+            await opened().start(fake.key())
+    assert failed.value.code == EnrollmentCode.TLS_NOT_SPOKEN
+    assert fake.url in failed.value.message
+    assert "certificate cannot be trusted" not in failed.value.message
+
+
 async def test_a_redirect_is_not_followed(opened: Open) -> None:
     async with router() as fake, router() as elsewhere:
         fake.answers = [web.Response(status=307, headers={"Location": f"{elsewhere.url}/v1/enroll"})]

@@ -27,6 +27,7 @@ class EnrollmentCode(StrEnum):
     CONTROL_UNAVAILABLE = "control_unavailable"
     INSECURE_TRANSPORT = "insecure_transport"
     CERTIFICATE_INVALID = "certificate_invalid"
+    TLS_NOT_SPOKEN = "tls_not_spoken"
     ENROLL_UNREACHABLE = "enroll_unreachable"
     CONTROL_PORT_UNREACHABLE = "control_port_unreachable"
     STREAMING_PORT_UNREACHABLE = "streaming_port_unreachable"
@@ -116,22 +117,30 @@ FAILURES: Mapping[EnrollmentCode, Failure] = MappingProxyType(
             message="The router's TLS certificate cannot be trusted.",
             remedy="Check its name and expiry; for a private authority point SSL_CERT_FILE at its certificate.",
         ),
+        EnrollmentCode.TLS_NOT_SPOKEN: Failure(
+            status=None,
+            message="The enrollment address begins with https://, and the port speaks plain HTTP.",
+            remedy="Give the router a certificate (XEROTIER_ROUTER_TLS_CERT and XEROTIER_ROUTER_TLS_KEY), or check the "
+            "port; where http:// is meant, correct XEROTIER_ROUTER_ENROLL_URL and make a new join key.",
+        ),
         EnrollmentCode.ENROLL_UNREACHABLE: Failure(
             status=None,
-            message="The enrollment address in the join key does not answer.",
+            message="The router's enrollment address does not answer.",
             remedy="Check that the router runs and that this machine reaches its HTTP port (XEROTIER_ROUTER_HTTP_HOST "
             "and _HTTP_PORT); where the address is wrong, set XEROTIER_ROUTER_ADVERTISE_HOST and make a new join key.",
         ),
         EnrollmentCode.CONTROL_PORT_UNREACHABLE: Failure(
             status=None,
             message="The router's control port does not answer.",
-            remedy="Open it from this machine to the router (XEROTIER_ROUTER_CONTROL_PORT, 5555 by default).",
+            remedy="Check that the router runs, and open the port from this machine to the router "
+            "(XEROTIER_ROUTER_CONTROL_PORT, 5555 by default).",
         ),
         EnrollmentCode.STREAMING_PORT_UNREACHABLE: Failure(
             status=None,
             message="The router's streaming port does not answer.",
-            remedy="Open it from this machine to the router (XEROTIER_ROUTER_STREAMING_PORT, 5556 by default), or "
-            "run without it: XEROTIER_AGENT_STREAMING_SOCKET_ENABLED=0",
+            remedy="Check that the router runs, and open the port from this machine to the router "
+            "(XEROTIER_ROUTER_STREAMING_PORT, 5556 by default), or run without it: "
+            "XEROTIER_AGENT_STREAMING_SOCKET_ENABLED=0",
         ),
     }
 )

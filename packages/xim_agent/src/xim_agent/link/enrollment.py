@@ -35,6 +35,8 @@ ATTEMPTS = 3
 ATTEMPT_DELAYS_S = (0.5, 1.0)
 REFRESH_RETRY_S = 10.0
 REFRESH_RETRY_CAP_S = 300.0
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"})
+"""What OpenSSL calls an answer that is no TLS; the word depends on its version."""
 _CODES = frozenset(code.value for code in EnrollmentCode)
 
 
@@ -278,6 +280,8 @@ async def _post(url: str, body: dict[str, object]) -> Enrollment:
                 return _enrollment(answer)
             raise _refusal(response.status, answer, url)
     except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:
+        if getattr(error.__cause__, "reason", None) in _NO_TLS:
+            raise EnrollmentFailed.known(EnrollmentCode.TLS_NOT_SPOKEN, detail=url) from error
         raise EnrollmentFailed.known(EnrollmentCode.CERTIFICATE_INVALID, detail=str(error)) from error
     except TimeoutError as error:
         detail = f"{url}: no answer within {REQUEST_TIMEOUT_S:g} s"
