@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generator import commands, errors, http_api, metrics, settings
+from docs.generator import commands, errors, http_api, machine, metrics, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/reference/router-settings.md": settings.router_page,
     "docs/reference/agent-settings.md": settings.agent_page,
+    "docs/reference/described-machine.md": machine.machine_page,
     "docs/reference/errors.md": errors.errors_page,
     "docs/reference/metrics.md": metrics.metrics_page,
     "docs/reference/cli.md": commands.commands_page,

@@ -1,5 +1,6 @@
 """A machine as JSON: what goes out comes back, and what is wrong is named."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xim_agent.facts.hardware import CpuFacts, GpuFacts, HardwareFacts, HardwareUnreadable, NumaNode, Vendor
+from tests.house.sources import ROOT
+from xim_agent.facts.hardware import REFERENCE, CpuFacts, GpuFacts, HardwareFacts, HardwareUnreadable, NumaNode, Vendor
 
 MACHINES = sorted((Path(__file__).parents[1] / "machines").glob("*.json"))
 GIB = 1024**3
@@ -72,6 +74,15 @@ def test_every_fault_of_a_description_is_named_at_once() -> None:
         HardwareFacts.from_json(text)
     for place in ("gpus.0.name", "gpus.0.vendor", "gpus.0.memory", "gpus.0.compute_capability", "ram_bytes"):
         assert place in str(fault.value)
+
+
+def test_a_fault_is_answered_with_the_page_that_lists_every_field() -> None:
+    with pytest.raises(HardwareUnreadable, match="plan --json") as fault:
+        HardwareFacts.from_json("{}x")
+    assert REFERENCE in str(fault.value)
+    page = (ROOT / REFERENCE).read_text(encoding="utf-8")
+    for kind in (HardwareFacts, GpuFacts, CpuFacts, NumaNode):
+        assert [field.name for field in dataclasses.fields(kind) if f"| `{field.name}` | " not in page] == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"gpus": 3}', "\x00"])

@@ -14,13 +14,17 @@ _STRICT = ConfigDict(extra="forbid")
 """A misspelled field in a description must not pass for an unknown fact."""
 
 
+REFERENCE = "docs/reference/described-machine.md"
+"""The page of the fields below, which is made from them."""
+
+
 class HardwareUnreadable(ValueError):
     """A machine's description cannot be used."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
             f"This does not describe a machine: {what}. Start from the output of "
-            "`xerotier-xim-agent plan --format json` on a real one, or see the fields in the agent's documentation."
+            f"`xerotier-xim-agent plan --json` on a real one; every field stands in {REFERENCE}."
         )
         self.what = what
 
@@ -52,6 +56,7 @@ class GpuFacts:
     name: str
     """As the driver says it: `NVIDIA A30`, `AMD Instinct MI300X`."""
     vendor: Vendor
+    """Whose driver and whose build of vLLM it needs."""
     memory_bytes: Positive | None = None
     """Of the slice where `mig` is true, not of the board."""
     compute_capability: ComputeCapability | None = None
@@ -59,9 +64,11 @@ class GpuFacts:
     architecture: str | None = None
     """LLVM's name of an AMD target, `gfx942`; `None` for NVIDIA."""
     mig: bool = False
+    """Whether it is a MIG slice of a board."""
     index: int | None = None
     """Among all devices of its vendor on this machine, before any mask."""
     uuid: str | None = None
+    """The driver's own name of it, as masks may use it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +78,11 @@ class NumaNode:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     node: int
+    """Its number."""
     cpus: tuple[int, ...]
+    """Numbers of its logical CPUs."""
     memory_bytes: Positive | None = None
+    """Its part of the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +92,19 @@ class CpuFacts:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     model: str | None = None
+    """As the processor says it."""
     vendor: str | None = None
     """As the processor says it: `AuthenticAMD`, `GenuineIntel`."""
     architecture: str | None = None
     """`x86_64`, `aarch64`."""
     physical_cores: Positive | None = None
+    """Without hardware threads."""
     logical_cpus: Positive | None = None
+    """With hardware threads."""
     flags: tuple[str, ...] | None = None
     """Those of `FLAGS_OF_INTEREST` that it has, sorted; `None` where it cannot be asked."""
     numa_nodes: tuple[NumaNode, ...] | None = None
+    """`None` where the system does not tell."""
 
     def has(self, flag: str) -> bool | None:
         """Whether it has `flag`; `None` where that is not known."""
@@ -110,7 +124,9 @@ class HardwareFacts:
     gpus: tuple[GpuFacts, ...] = ()
     """Those left by the visibility mask, in the order the engine will number them."""
     cpu: CpuFacts = CpuFacts()
+    """The processors."""
     ram_bytes: Positive | None = None
+    """The machine's memory."""
     ram_limit_bytes: Positive | None = None
     """The control group's memory limit; `None` where it sets none."""
     cpu_limit: Annotated[float, Field(gt=0)] | None = None
@@ -118,13 +134,17 @@ class HardwareFacts:
     disk_total_bytes: Positive | None = None
     """Of the file system that holds the model cache."""
     disk_free_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Of the same file system."""
     shm_free_bytes: Annotated[int, Field(ge=0)] | None = None
     """What may still be written to /dev/shm, which a container limits by itself; `None` where there is none."""
     nvidia_driver: str | None = None
+    """Version of the driver."""
     cuda_version: str | None = None
     """The newest CUDA that the driver serves, `12.8`."""
     amd_driver: str | None = None
+    """Version of the driver."""
     rocm_version: str | None = None
+    """Version of the ROCm that is installed."""
     system: str | None = None
     """`Linux`, `Darwin`."""
     problems: tuple[str, ...] = ()
