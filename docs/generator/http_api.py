@@ -59,6 +59,17 @@ where it is not ready. A database that is away leaves the router ready: inferenc
 enroll before any agent serves, so a balancer must not keep *them* away by `/readyz`. `HEAD` works wherever `GET`
 does.
 
+## What a connection may take
+
+A connection that has not sent the whole head of a request (URL and headers) within 60 s is closed: with 408
+`request_incomplete` where a head has begun, without a word where nothing came. The same holds for each later request
+of a connection, counted from the first byte of its head. A body must bring 16 KiB in every 60 s, or end, else 408
+`request_incomplete`; the whole of it must have come within `XEROTIER_ROUTER_REQUEST_TIMEOUT_S`, which counts from
+the end of the head, else 504 `request_timeout`. An answer may be silent for as long as that timeout lets it, and after
+an answer a connection is kept for 75 s without a byte.
+
+## Enrollment
+
 Enrollment bodies have at most 64 KiB; who writes an agent of their own finds them in `xim_protocol.enrollment`."""
 
 _ENDS = {

@@ -3,15 +3,23 @@
 import asyncio
 import contextlib
 import json
+import logging
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from fastapi import FastAPI
 
-from tests.router.link.rig import CHAT_PATH, KEY, Rig
+from tests.router.link.rig import CHAT_PATH, KEY, Rig, until
 from tests.support.agent_stub import SSE, hold
-from tests.support.http_client import request_bytes
+from tests.support.http_client import open_call, request_bytes
 from tests.support.programs import PATIENCE_S
-from xim_router.http.protocol import MAX_HEAD_BYTES, MAX_URL_BYTES
+from xim_router.control.enrollment import Enroller
+from xim_router.control.routes.enroll import enroll_routes
+from xim_router.http import protocol
+from xim_router.http.errors import install_error_handlers
+from xim_router.http.protocol import MAX_HEAD_BYTES, MAX_URL_BYTES, HttpProtocol
 
 HEAD = b"GET /healthz HTTP/1.1\r\nhost: router\r\n"
 WHOLE = HEAD + b"\r\n"
@@ -166,3 +174,144 @@ async def test_garbage_behind_a_running_stream_never_stands_in_it() -> None:
         await call.rest()
         assert bytes(call.body) == b"data: first\n\ndata: second\n\ndata: [DONE]\n\n"
         assert await call.reader.read() == b""
+
+
+# --- What never becomes a whole request ----------------------------------------------------------------------------
+
+
+POST_HALF = request_bytes(
+    "POST",
+    CHAT_PATH,
+    {"authorization": f"Bearer {KEY}", "content-type": "application/json", "content-length": "1000000"},
+    b'{"model": ',
+)
+ENROLL_HALF = request_bytes("POST", "/v1/enroll", {"content-length": "1000"}, b"{")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "ARRIVAL_S", 0.05)
+
+
+def connections(rig: Rig) -> list[HttpProtocol]:
+    """The router's ends of all connections of clients."""
+    return [each for each in rig._server.server_state.connections if isinstance(each, HttpProtocol)]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"], ids=["nothing", "an empty line", "two"])
+async def test_a_connection_without_a_request_is_closed_without_a_word(impatient: None, sent: bytes) -> None:
+    async with Rig() as rig:
+        assert await say(rig, sent) == []
+
+
+@pytest.mark.parametrize("sent", [b"G", b"GET /healthz", HEAD, HEAD + b"x-half: "])
+async def test_half_a_head_is_told_that_it_came_too_late(impatient: None, sent: bytes) -> None:
+    async with Rig() as rig:
+        (told,) = await say(rig, sent)
+        assert (told.status, told.code) == (408, "request_incomplete")
+        assert told.headers["connection"] == "close"
+        assert told.headers["x-request-id"].startswith("req_")
+
+
+async def test_half_a_body_is_told_that_it_came_too_late(impatient: None, caplog: pytest.LogCaptureFixture) -> None:
+    async with Rig("a") as rig:
+        (told,) = await say(rig, POST_HALF)
+        assert (told.status, told.code) == (408, "request_incomplete")
+    assert_nothing_failed(caplog)
+
+
+async def test_half_an_enrollment_is_told_that_it_came_too_late(
+    impatient: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrolling = FastAPI()
+    install_error_handlers(enrolling)
+    enrolling.include_router(
+        enroll_routes(cast(Enroller, SimpleNamespace(enroll=None)))
+    )  # it is never asked: no body is ever whole
+    monkeypatch.setattr(Rig, "_front", lambda _rig: enrolling)
+    async with Rig() as rig:
+        (told,) = await say(rig, ENROLL_HALF)
+        assert (told.status, told.code) == (408, "request_incomplete")
+    assert_nothing_failed(caplog)
+
+
+def assert_nothing_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """A client that is slow is nothing that an operator must look at."""
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_half_a_head_behind_an_answer_is_told_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Rig() as rig, await rig.call(b"", method="GET", path="/healthz") as call:
+        await call.rest()
+        (connection,) = connections(rig)
+        assert connection._overdue is None
+        monkeypatch.setattr(protocol, "ARRIVAL_S", 0.05)
+        call.writer.write(HEAD)
+        (told,) = answers_in(await call.reader.read())
+        assert (told.status, told.code) == (408, "request_incomplete")
+
+
+async def test_bytes_that_are_no_head_do_not_keep_a_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Rig() as rig, await rig.call(b"", method="GET", path="/healthz") as call:
+        await call.rest()
+        monkeypatch.setattr(protocol, "ARRIVAL_S", 0.05)
+        call.writer.write(b"\r\n")
+        assert await call.reader.read() == b""
+
+
+async def test_a_body_that_nobody_waits_for_does_not_keep_a_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Rig() as rig:
+        headers = {"content-length": "1000000", "content-type": "text/plain", "authorization": f"Bearer {KEY}"}
+        async with await open_call(rig.http_port, request_bytes("POST", CHAT_PATH, headers, b"{")) as call:
+            await call.rest()
+            assert call.status == 415
+            monkeypatch.setattr(protocol, "ARRIVAL_S", 0.05)
+            for connection in connections(rig):
+                connection._wait_no_more()
+            call.writer.write(b"more")
+            assert await call.reader.read() == b""
+
+
+async def test_nothing_is_waited_for_while_a_request_runs_or_after_its_answer() -> None:
+    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent, await rig.call() as call:
+        work = await agent.work()
+        (connection,) = connections(rig)
+        assert connection._overdue is None
+        work.start(200, SSE)
+        await work.write(b"data: [DONE]\n\n")
+        work.end()
+        await call.rest()
+        assert connection._overdue is None
+        assert connection.timeout_keep_alive_task is not None
+
+
+async def test_half_a_head_behind_a_running_stream_leaves_the_stream_whole() -> None:
+    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent, await rig.call() as call:
+        work = await agent.work()
+        work.start(200, SSE)
+        await work.write(b"data: first\n\n")
+        await call.head()
+        call.writer.write(HEAD)
+        (connection,) = connections(rig)
+        await until(lambda: connection._overdue is not None)
+        connection._on_overdue()
+        await work.write(b"data: [DONE]\n\n")
+        work.end()
+        await call.rest()
+        assert bytes(call.body) == b"data: first\n\ndata: [DONE]\n\n"
+        assert await call.reader.read() == b""
+
+
+async def test_a_body_that_moves_is_waited_for_and_one_that_stands_still_is_not() -> None:
+    async with Rig("a") as rig, await open_call(rig.http_port, POST_HALF) as call:
+        await until(lambda: any(each.cycle is not None for each in connections(rig)))
+        (connection,) = connections(rig)
+        for _ in range(3):
+            before = connection._received
+            call.writer.write(b" " * protocol.LEAST_BODY_BYTES)
+            await until(lambda before=before: connection._received >= before + protocol.LEAST_BODY_BYTES)  # type: ignore[misc]
+            connection._on_overdue()
+            assert connection._overdue is not None
+        connection._on_overdue()
+        await call.rest()
+        assert (call.status, call.code) == (408, "request_incomplete")

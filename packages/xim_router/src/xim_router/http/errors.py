@@ -62,6 +62,7 @@ _INFERENCE: dict[str, ErrorRule] = {
     "model_not_found": _rule(404, "The project has no endpoint or model of this name."),
     "route_not_found": _rule(404, "There is no such route."),
     "method_not_allowed": _rule(405, "The route does not take this method."),
+    "request_incomplete": _rule(408, "The request did not arrive in time."),
     "body_too_large": _rule(413, "The request body is larger than this router takes."),
     "url_too_long": _rule(414, "The URL is longer than this router takes."),
     "unsupported_media_type": _rule(415, "The request body must be application/json."),

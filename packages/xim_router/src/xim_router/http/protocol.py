@@ -1,10 +1,14 @@
-"""uvicorn's HTTP protocol, with bounds for a request's head and the envelope for what is no request.
+"""uvicorn's HTTP protocol, with bounds for what a request may take to arrive, and the envelope for what is no request.
 
-uvicorn itself takes a head of any length, and tells a client whose bytes it cannot parse so in plain text. What a
-client sends after it was told is thrown away for a moment: closing at once would reset the connection, and the
-reset could overtake the answer.
+uvicorn itself takes a head of any length, waits for a head or a body for ever, and tells a client whose bytes it
+cannot parse so in plain text. What a client sends after it was told is thrown away for a moment: closing at once would
+reset the connection, and the reset could overtake the answer.
+
+A connection has one timer, which runs only while its client owes bytes: none for a request that arrives in one piece
+on a connection that is reused, and none per chunk of an answer.
 """
 
+import asyncio
 import logging
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -17,6 +21,10 @@ MAX_URL_BYTES = 16 * 1024
 """Twice what RFC 9110, section 4.1, wants taken at least; no route of this router needs a tenth."""
 MAX_HEAD_BYTES = 64 * 1024
 """URL and headers together, as much as other servers take at most."""
+ARRIVAL_S = 60.0
+"""A head must be whole so long after it began, or after the connection was made; a body must move meanwhile."""
+LEAST_BODY_BYTES = 16 * 1024
+"""What moving means: so much of a body in that time, or its end. How long all of it may take the application says."""
 _BETWEEN_BYTES = len(b": \r\n")
 LINGER_S = 2.0
 """How long a client may go on sending after it was told that its request is none."""
@@ -39,6 +47,22 @@ class HttpProtocol(HttpToolsProtocol):
     """The connection is past saving: what still comes is dropped."""
     _code = "invalid_request"
     """The error that the client is told."""
+    _overdue: asyncio.TimerHandle | None = None
+    """Runs while the client owes the rest of a head or body."""
+    _received = 0
+    """Bytes so far, and"""
+    _received_before = 0
+    """so many when the timer began to run."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client came, and owes a request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._wait_no_more()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
@@ -50,6 +74,11 @@ class HttpProtocol(HttpToolsProtocol):
             # A piece may hold the end of a body too, so of the one in which the head began nothing is counted.
             self._head_bytes = self._head_bytes + len(data) if heading and not self._began else 0
             self._check(self._head_bytes)
+        self._received += len(data)
+        if not self._owes():
+            self._wait_no_more()
+        elif self._overdue is None:
+            self._wait()
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -59,6 +88,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is whole."""
         self._heading = False
+        # The body, or the next head, has its own time.
+        self._wait_no_more()
         headers_bytes = sum(len(name) + len(value) + _BETWEEN_BYTES for name, value in self.headers)
         too_large = self._too_large(len(self.url) + headers_bytes)
         if too_large is not None:
@@ -81,6 +112,35 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         self._tell()
+
+    def _owes(self) -> bool:
+        """Whether it is the client's turn: it has begun and not ended a request, or sent something beside one."""
+        cycle = self.cycle
+        return not self._told and (self._heading or cycle is None or cycle.more_body or cycle.response_complete)
+
+    def _wait(self) -> None:
+        self._received_before = self._received
+        self._overdue = self.loop.call_later(ARRIVAL_S, self._on_overdue)
+
+    def _wait_no_more(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+    def _on_overdue(self) -> None:
+        """The client had its time: go on waiting where that is not its fault or a body moves, or else end it."""
+        self._wait_no_more()
+        if self.transport.is_closing():
+            return
+        unanswered = self.cycle is not None and not self.cycle.response_complete
+        moves = unanswered and not self._heading and self._received - self._received_before >= LEAST_BODY_BYTES
+        if moves or self.flow.read_paused:
+            self._wait()
+        elif self._heading or unanswered:
+            self._code = "request_incomplete"
+            self.send_400_response("")
+        else:
+            self.transport.close()
 
     def _check(self, head_bytes: int) -> None:
         too_large = self._too_large(head_bytes)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from xim_protocol.enrollment import (
@@ -57,6 +58,9 @@ def _told() -> Iterator[None]:
     except DatabaseUnavailable as error:
         log.warning("enrollment without database", extra={"why": str(error), "remedy": error.remedy})
         raise ApiError(EnrollmentCode.CONTROL_UNAVAILABLE) from error
+    except ClientDisconnect:
+        # Nobody takes this answer; without it what is no failure would be logged as one.
+        raise ApiError("client_closed_request") from None
 
 
 def _answered(outcome: Enrollment | EnrollmentCode, status: int) -> Response:
