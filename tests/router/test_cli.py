@@ -258,5 +258,5 @@ def test_the_program_itself_runs_and_fails_without_a_traceback(tmp_path: Path) -
         [sys.executable, "-m", "xim_router", "project", "list"], env=env, capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == 1
-    assert "chown" in ran.stderr
+    assert "set XEROTIER_ROUTER_DATA_DIR" in ran.stderr
     assert "Traceback" not in ran.stderr

@@ -96,4 +96,4 @@ async def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(KeyFileUnusable, match="file") as caught:
         await Database.open(f"sqlite+aiosqlite:///{tmp_path}/file/router.db")
-    assert "chown" in caught.value.remedy
+    assert "XEROTIER_ROUTER_DATA_DIR" in caught.value.remedy

@@ -245,6 +245,7 @@ def _lock_file(path: Path) -> Callable[[], None]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = path.with_name(f"{path.name}.lock").open("w")
     except OSError as error:
-        raise unusable(path.parent, error) from error
+        named = "XEROTIER_ROUTER_DATA_DIR, or XEROTIER_ROUTER_DATABASE_URL where that names the file,"
+        raise unusable(path.parent, error, named) from error
     fcntl.flock(handle, fcntl.LOCK_EX)
     return handle.close

@@ -1,5 +1,6 @@
 """What can go wrong in the control plane that an operator can act on; each says what to do."""
 
+import errno
 from pathlib import Path
 
 
@@ -63,9 +64,23 @@ class InvalidValue(ControlError):
         super().__init__(f"{name} {rule}.", f"Give another value for {name}.")
 
 
-def unusable(path: Path, error: OSError) -> KeyFileUnusable:
-    """The error for a directory or file that the operating system refuses."""
-    return KeyFileUnusable(
-        f"{path} cannot be used: {error.strerror}.",
-        f'Set XEROTIER_ROUTER_DATA_DIR to a directory of this user, or: sudo chown -R "$(id -u):$(id -g)" {path}',
-    )
+_DATA_DIR = "XEROTIER_ROUTER_DATA_DIR"
+
+
+def unusable(path: Path, error: OSError, variable: str = _DATA_DIR) -> KeyFileUnusable:
+    """The error for a directory that the operating system refuses, or for a file in it; `variable` names it."""
+    remedy = f"Set {variable} to a directory that this user can make or write."
+    # Another owner mends nothing else, and does harm where a system's file or directory is named.
+    if error.errno in (errno.EACCES, errno.EPERM):
+        owner = '-o "$(id -u)" -g "$(id -g)"'
+        mended = (
+            f'sudo chown -R "$(id -u):$(id -g)" {path}' if path.is_dir() else f"sudo install -d -m 0700 {owner} {path}"
+        )
+        remedy = f"Set {variable} to a directory of this user, or, if this one is the router's own: {mended}"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        remedy = f"It must be a directory, and a file stands in its place: set {variable} to another."
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = f"Free space on that disk, or set {variable} to a directory on another."
+    elif error.errno == errno.EROFS:
+        remedy = f"Mount it writable, or set {variable} to a directory elsewhere."
+    return KeyFileUnusable(f"{path} cannot be used: {error.strerror}.", remedy)
