@@ -39,7 +39,7 @@ What `xerotier-xim-agent` prints, with its remedy, when it cannot enroll, refres
 those that have a status; the agent finds the others by itself. Both ends have them from one table."""
 
 _GOODBYES = """\
-How a session ends when one end says so. An agent that is told not to come again exits with status 1 and the remedy."""
+How a session ends when one end says so. An agent that is told not to come again exits with status 3 and the remedy."""
 
 _FAULTS = """\
 What ends a session because the peer broke the protocol, as the label `reason` of

@@ -9,8 +9,14 @@ import psutil
 from tests.agent.agent_process import agent_process, granted
 from tests.agent.link.enrollments import router as enrollment_router
 from tests.agent.serving_parts import chat
+from tests.house.sources import ROOT
 from tests.support.programs import PATIENCE_S, alive
 from tests.support.router_stub import RouterStub
+from xim_agent.app import FAILED, FAILED_FOR_GOOD, _told_of
+from xim_agent.cli import LastingError, SettingsError
+from xim_agent.link.ends import LinkCause, LinkEnd, stop_for
+from xim_agent.link.enrollment import EnrollmentFailed
+from xim_protocol.enrollment import EnrollmentCode
 from xim_protocol.events import AgentReported, GoodbyeReceived
 from xim_protocol.ids import EndpointId
 from xim_protocol.messages import AgentState, Assignment, GoodbyeCode, RefusalReason
@@ -101,7 +107,7 @@ async def test_two_processes_of_one_identity_end_with_the_remedy(tmp_path: Path)
         async with agent_process(tmp_path, enroll) as agent:
             await router.opened()
             await router.goodbye(GoodbyeCode.SUPERSEDED)
-            assert await agent.ended() == 1
+            assert await agent.ended() == FAILED_FOR_GOOD
             assert any("Two agents share one config directory" in line for line in agent.lines)
             assert not any("Traceback" in line for line in agent.lines)
 
@@ -124,15 +130,42 @@ async def test_what_is_missing_is_told_with_its_remedy(tmp_path: Path) -> None:
         assert await agent.ended() == 1
         assert any("XEROTIER_AGENT_VLLM_PATH" in line for line in agent.lines)
     async with agent_process(tmp_path, None) as agent:
-        assert await agent.ended() == 1
+        assert await agent.ended() == FAILED_FOR_GOOD
         assert any("XEROTIER_AGENT_JOIN_KEY" in line for line in agent.lines)
+    async with agent_process(tmp_path, None, INITIAL_MODEL_PATH="") as agent:
+        assert await agent.ended() == FAILED_FOR_GOOD
+        assert any("No model is named." in line for line in agent.lines)
+
+
+def test_what_lasts_is_told_from_what_another_start_may_mend() -> None:
+    lasting = {code for code in EnrollmentCode if EnrollmentFailed.known(code).lasting}
+    assert {code for code in EnrollmentCode if code not in lasting} == {
+        EnrollmentCode.AGENT_SUSPENDED,
+        EnrollmentCode.CONTROL_UNAVAILABLE,
+        EnrollmentCode.CERTIFICATE_INVALID,
+        EnrollmentCode.TLS_NOT_SPOKEN,
+        EnrollmentCode.ENROLL_UNREACHABLE,
+        EnrollmentCode.CONTROL_PORT_UNREACHABLE,
+        EnrollmentCode.STREAMING_PORT_UNREACHABLE,
+    }
+    for code in (GoodbyeCode.REVOKED, GoodbyeCode.SUPERSEDED, GoodbyeCode.VERSION_UNSUPPORTED):
+        stopped = stop_for(LinkEnd(cause=LinkCause.GOODBYE, code=code))
+        assert stopped is not None
+        assert _told_of(BaseExceptionGroup("", [OSError(), BaseExceptionGroup("", [stopped])])) == FAILED_FOR_GOOD
+    assert _told_of(BaseExceptionGroup("", [EnrollmentFailed.known(EnrollmentCode.ENROLL_UNREACHABLE)])) == FAILED
+
+
+def test_the_service_is_not_started_again_after_what_lasts() -> None:
+    assert LastingError.exit_code == FAILED_FOR_GOOD
+    unit = (ROOT / "docs" / "howto" / "deploy-a-node.md").read_text(encoding="utf-8")
+    assert f"\nRestartPreventExitStatus={SettingsError.exit_code} {FAILED_FOR_GOOD}\n" in unit
 
 
 async def test_an_engine_that_cannot_start_ends_the_agent_with_its_last_lines(tmp_path: Path) -> None:
     async with enrollment_router() as enroll, RouterStub() as router:
         enroll.answers.append(granted(router))
         async with agent_process(tmp_path, enroll, VLLM_ARGS="--fake-start-fail 2") as agent:
-            assert await agent.ended() == 1
+            assert await agent.ended() == FAILED_FOR_GOOD
             assert agent.said("engine given up")
             assert any("vLLM does not take one of its options" in line for line in agent.lines)
             assert any("Engine core initialization failed" in line for line in agent.lines)

@@ -31,5 +31,5 @@ async def test_a_stream_is_answered_and_a_revoked_agent_is_gone_within_a_second(
             return await topology.agents_ready() == 0
 
         await revoked.within(1.0, none, what="the revoked agent is gone")
-        assert await node.program.ended() == 1
+        assert await node.program.ended() == 3
         assert FAILURES[EnrollmentCode.AGENT_REVOKED].remedy in node.program.tail()

@@ -224,7 +224,7 @@ async def test_a_revoked_agent_is_gone_from_both_workers_within_a_second(routers
         return counts == [1, 1]
 
     await revoked.within(1.0, gone, what="both workers closed its sessions")
-    assert await node.program.ended() == 1
+    assert await node.program.ended() == 3
 
 
 async def members(url: str) -> list[str]:

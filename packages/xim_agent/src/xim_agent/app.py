@@ -26,9 +26,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FAILED = 1
+"""Exit status of an end that another start may mend: a network, a disk, an engine."""
+FAILED_FOR_GOOD = 3
+"""Exit status of an end that only an operator mends; a service manager should leave it alone."""
+
 
 def run(settings: AgentSettings, join_key: JoinKey | None) -> int:
-    """Run the agent until a signal; the exit status: 0 after an orderly end, 1 after an error, told with its remedy."""
+    """Run the agent until a signal; the exit status: 0 after an orderly end, `FAILED` or `FAILED_FOR_GOOD` after an
+    error, told with its remedy."""
     raise_file_limit()
     raise_socket_buffers()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -36,7 +42,7 @@ def run(settings: AgentSettings, join_key: JoinKey | None) -> int:
             runner.run(serve(settings, join_key))
         except asyncio.CancelledError:
             log.warning("forced to stop")
-            return 1
+            return FAILED
         except BaseExceptionGroup as group:
             return _told_of(group)
         except Exception as error:
@@ -106,8 +112,9 @@ def raise_file_limit() -> None:
 
 
 def _told_of(group: BaseExceptionGroup[BaseException]) -> int:
-    """Tell the operator of every error; 1."""
-    for error in _leaves(group):
+    """Tell the operator of every error; the exit status."""
+    errors = _leaves(group)
+    for error in errors:
         remedy = getattr(error, "remedy", None)
         if remedy is None:
             log.error("the agent failed", exc_info=error)
@@ -115,7 +122,7 @@ def _told_of(group: BaseExceptionGroup[BaseException]) -> int:
         message = getattr(error, "message", None) or getattr(error, "reason", str(error))
         code = getattr(error, "code", None)
         print(f"Error: {message}{f' [{code}]' if code else ''}\n  {remedy}".rstrip(), file=sys.stderr)  # noqa: T201
-    return 1
+    return FAILED_FOR_GOOD if any(getattr(error, "lasting", False) for error in errors) else FAILED
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -1,7 +1,8 @@
 """`xerotier-xim-agent`: enroll a node, run its agent, show its settings.
 
 Flags are made from the table of settings; a mistake of the operator ends with a sentence, a remedy and a status, never
-with a traceback: 1 for what the router or the node refuses, 2 for a wrong setting.
+with a traceback: 1 for what the router or the node refuses, 2 for a wrong setting, and where `run` ends 3 for what
+another start would only repeat.
 """
 
 import asyncio
@@ -46,6 +47,12 @@ class SettingsError(OperatorError):
     """A setting that cannot be used."""
 
     exit_code = 2
+
+
+class LastingError(OperatorError):
+    """What ends `run`, and would end every further start of it."""
+
+    exit_code = 3
 
 
 def _option(row: SettingRow) -> Callable[[Any], Any]:
@@ -96,18 +103,18 @@ def tell_about(settings: AgentSettings) -> None:
         log.warning(sentence)
 
 
-def join_key_of(settings: AgentSettings) -> JoinKey | None:
+def join_key_of(settings: AgentSettings, refused: type[OperatorError] = OperatorError) -> JoinKey | None:
     """The join key given, or None.
 
     Raises:
-        OperatorError: it is not a whole key.
+        OperatorError: it is not a whole key; of the class `refused`.
     """
     if settings.join_key is None:
         return None
     try:
         return JoinKey.parse(settings.join_key.get_secret_value())
     except JoinKeyError as error:
-        raise OperatorError(f"{error} [{error.code}]", error.remedy) from None
+        raise refused(f"{error} [{error.code}]", error.remedy) from None
 
 
 class _WithVariables(click.Command):
@@ -176,10 +183,10 @@ async def _enroll(settings: AgentSettings, join_key: JoinKey | None, *, again: b
 def run(**flags: Any) -> None:
     """Enroll if need be, start vLLM and serve until told to stop."""
     settings = settings_from(flags)
-    join_key = join_key_of(settings)  # a damaged key is told before anything else starts
-    tell_about(settings)
     from xim_agent.app import run as run_agent  # the other commands need neither ZeroMQ nor the engine
 
+    join_key = join_key_of(settings, LastingError)  # a damaged key is told before anything else starts
+    tell_about(settings)
     sys.exit(run_agent(settings, join_key))
 
 

@@ -27,9 +27,10 @@ UNASSIGNED = Wanted(served_name="unassigned")
 class PlaceUnusable(Exception):
     """The engine cannot be started on this machine as it is; `remedy` says what to do."""
 
-    def __init__(self, message: str, remedy: str) -> None:
+    def __init__(self, message: str, remedy: str, *, lasting: bool = False) -> None:
+        """`lasting`: another start would end the same way, while a missing file may be on a disk not mounted yet."""
         super().__init__(f"{message} {remedy}")
-        self.message, self.remedy = message, remedy
+        self.message, self.remedy, self.lasting = message, remedy, lasting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class Surroundings:
         try:
             return plan_engine(given)
         except SocketPathTooLong as error:
-            raise PlaceUnusable(str(error), "") from error
+            raise PlaceUnusable(str(error), "", lasting=True) from error
 
 
 def look_around(settings: AgentSettings) -> Surroundings:
@@ -99,7 +100,9 @@ def model_at(path: Path | None) -> ModelFacts:
     """
     if path is None:
         raise PlaceUnusable(
-            "No model is named.", "Set XEROTIER_AGENT_INITIAL_MODEL_PATH to the directory of the model to serve."
+            "No model is named.",
+            "Set XEROTIER_AGENT_INITIAL_MODEL_PATH to the directory of the model to serve.",
+            lasting=True,
         )
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         raise PlaceUnusable(

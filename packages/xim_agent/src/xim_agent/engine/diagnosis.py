@@ -84,6 +84,11 @@ class Diagnosis:
         """Whether another start would only repeat it."""
         return self.trouble in FINAL
 
+    @property
+    def lasting(self) -> bool:
+        """Whether only another setting mends it; the rest of `FINAL` may pass with a late disk or driver."""
+        return self.trouble in (Trouble.BAD_OPTION, Trouble.MODEL_UNKNOWN)
+
 
 @dataclass(frozen=True, slots=True)
 class _Sign:

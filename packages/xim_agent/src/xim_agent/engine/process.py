@@ -52,9 +52,10 @@ OnState = Callable[[EngineState, str], None]
 class EngineFailed(Exception):
     """The engine was given up. `tail` holds its last lines, `remedy` what to do."""
 
-    def __init__(self, reason: str, remedy: str, tail: list[str]) -> None:
+    def __init__(self, reason: str, remedy: str, tail: list[str], *, lasting: bool = False) -> None:
+        """`lasting`: another start of the agent would end the same way."""
         super().__init__(f"{reason}. {remedy}")
-        self.reason, self.remedy, self.tail = reason, remedy, tail
+        self.reason, self.remedy, self.tail, self.lasting = reason, remedy, tail, lasting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +172,7 @@ class Engine:
     def _delay_after(self, end: _End, backoff: RestartBackoff) -> float:
         found = end.diagnosis
         if found is not None and found.final and not end.served_s:
-            raise EngineFailed(end.whole_reason, found.remedy, self._tail)
+            raise EngineFailed(end.whole_reason, found.remedy, self._tail, lasting=found.lasting)
         if end.status in FATAL_EXIT_CODES and not end.served_s:
             raise EngineFailed(end.reason, FATAL_EXIT_CODES[end.status] + "; see its last lines", self._tail)
         delay_s = backoff.ended(served_s=end.served_s)

@@ -35,6 +35,9 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 class CredentialsError(Exception):
     """The config directory cannot be used; `remedy` says what to do."""
 
+    lasting = False
+    """Whether another start would end the same way."""
+
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
         self.message, self.remedy = message, remedy
@@ -68,6 +71,8 @@ class DirectoryInUse(CredentialsError):
 
 class CredentialsCorrupt(CredentialsError):
     """A file is there and is not what the agent wrote."""
+
+    lasting = True
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(

@@ -55,6 +55,9 @@ class LinkEnd:
 class LinkStopped(Exception):
     """This agent must not come again; `remedy` says what the operator does."""
 
+    lasting = True
+    """Another start would end the same way."""
+
     def __init__(self, code: str, message: str, remedy: str) -> None:
         super().__init__(f"{message} [{code}] {remedy}")
         self.code, self.message, self.remedy = code, message, remedy

@@ -40,6 +40,26 @@ _NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LEN
 _CODES = frozenset(code.value for code in EnrollmentCode)
 
 
+_LASTING = frozenset(
+    {
+        "not_enrolled",
+        EnrollmentCode.JOIN_KEY_MALFORMED,
+        EnrollmentCode.JOIN_KEY_TRUNCATED,
+        EnrollmentCode.JOIN_KEY_UNKNOWN,
+        EnrollmentCode.JOIN_KEY_EXPIRED,
+        EnrollmentCode.JOIN_KEY_REVOKED,
+        EnrollmentCode.JOIN_KEY_USED_UP,
+        EnrollmentCode.REFRESH_TOKEN_UNKNOWN,
+        EnrollmentCode.REFRESH_TOKEN_REUSED,
+        EnrollmentCode.SIGNATURE_INVALID,
+        EnrollmentCode.AGENT_REVOKED,
+        EnrollmentCode.CURVE_KEY_CONFLICT,
+        EnrollmentCode.INSECURE_TRANSPORT,
+    }
+)
+"""What only a new key or another setting mends. A suspended agent is not among them: it may be resumed."""
+
+
 class EnrollmentFailed(Exception):
     """No enrollment. `code` is one of `EnrollmentCode`, or `http_<status>` and `answer_invalid` for the rest."""
 
@@ -58,6 +78,11 @@ class EnrollmentFailed(Exception):
     def final(self) -> bool:
         """The router refuses this agent (401, 403); anything else may be different later."""
         return self.status in (401, 403)
+
+    @property
+    def lasting(self) -> bool:
+        """Another start would end the same way."""
+        return self.code in _LASTING
 
     @property
     def may_be_retried(self) -> bool:
