@@ -17,6 +17,7 @@ from tests.router.control.plane_under_test import Clock, Node, PlaneUnderTest
 from tests.support.ports import free_ports
 from tests.support.programs import PATIENCE_S, Program, clean_environment, eventually
 from xim_protocol.enrollment import JoinKey
+from xim_protocol.ids import AgentId
 from xim_router.cli import main
 from xim_router.control.plane import ControlPlane
 from xim_router.dispatch.reports import AgentSeen
@@ -70,6 +71,14 @@ async def enrolled_agent(settings: RouterSettings, seen_ago_s: float | None) -> 
         plane.report_seen(AgentSeen(agent=enrolled.agent_id, seen_at=time.time() - seen_ago_s, state="ready"))
     await plane.close()
     return enrolled.agent_id
+
+
+async def report(settings: RouterSettings, seen: AgentSeen) -> None:
+    """Write one report of the data plane."""
+    plane = ControlPlane(settings, lambda catalog: None)
+    await plane.start()
+    plane.report_seen(seen)
+    await plane.close()
 
 
 def made(result: Result) -> dict[str, str]:
@@ -198,6 +207,7 @@ def test_agents_are_listed_with_their_standing_and_changed(cli: Cli, settings_of
 
     def standing() -> dict[str, str]:
         (row,) = json.loads(cli("agent", "list", "--project", "demo", "--json").stdout)
+        assert row["state"] is None
         return {name: row[name] for name in ("id", "status", "endpoint")}
 
     assert standing() == {"id": agent, "status": "pending", "endpoint": None}
@@ -213,14 +223,35 @@ def test_agents_are_listed_with_their_standing_and_changed(cli: Cli, settings_of
     assert standing()["status"] == "revoked"
 
 
-@pytest.mark.parametrize(("seen_ago_s", "status"), [(0.0, "active"), (3600.0, "disconnected"), (90_000.0, "dead")])
-def test_when_an_agent_was_seen_last_decides_its_status(
-    cli: Cli, settings_of: Callable[[], RouterSettings], seen_ago_s: float, status: str
+@pytest.mark.parametrize(
+    ("seen_ago_s", "status", "state"),
+    [(0.0, "active", "ready"), (3600.0, "disconnected", None), (90_000.0, "dead", None)],
+)
+def test_when_an_agent_was_seen_last_decides_its_status_and_whether_its_state_is_known(
+    cli: Cli, settings_of: Callable[[], RouterSettings], seen_ago_s: float, status: str, state: str | None
 ) -> None:
     cli("project", "create", "--slug", "demo")
     asyncio.run(enrolled_agent(settings_of(), seen_ago_s=seen_ago_s))
     (row,) = json.loads(cli("agent", "list", "--json").stdout)
-    assert (row["status"], row["state"]) == (status, "ready")
+    assert (row["status"], row["state"]) == (status, state)
+
+
+def test_an_agent_that_left_or_may_not_serve_has_no_state(cli: Cli, settings_of: Callable[[], RouterSettings]) -> None:
+    cli("project", "create", "--slug", "demo")
+    agent = asyncio.run(enrolled_agent(settings_of(), seen_ago_s=0.0))
+
+    def shown() -> tuple[str, str | None]:
+        (row,) = json.loads(cli("agent", "list", "--json").stdout)
+        return row["status"], row["state"]
+
+    cli("agent", "suspend", agent)
+    assert shown() == ("suspended", None)
+    cli("agent", "resume", agent)
+    assert shown() == ("active", "ready")
+    asyncio.run(report(settings_of(), AgentSeen(agent=AgentId(agent), seen_at=time.time(), departed=True)))
+    assert shown() == ("disconnected", None)
+    cli("agent", "revoke", agent)
+    assert shown() == ("revoked", None)
 
 
 async def test_commands_take_effect_beside_a_running_router(cli: Cli, tmp_path: Path, database_url: str) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from xim_protocol.ids import AgentId, ProjectId
 from xim_router.control.database import Database
 from xim_router.control.errors import KeyFileUnusable, SecretKeyMismatch
 from xim_router.control.plane import ControlPlane
+from xim_router.control.store import Transaction
 from xim_router.control.tokens import mint_xem_token, verify_xem_token
 from xim_router.dispatch.catalog import Scope, TaskMode
 from xim_router.dispatch.reports import AgentSeen
@@ -129,6 +130,71 @@ async def test_agents_seen_are_written_with_their_latest_state(under_test: Plane
     assert (standing.agent.last_seen_at, standing.agent.state) == (START + 2, "ready")
     await under_test.plane.poll()
     assert len(under_test.catalogs) == published
+
+
+async def test_an_agent_that_left_has_no_state_unless_another_router_saw_it_since(under_test: PlaneUnderTest) -> None:
+    await under_test.demo_project()
+    agent = (await under_test.enroll(Node().request(await under_test.join_key()))).agent_id
+
+    async def written(*reports: AgentSeen) -> tuple[float | None, str | None]:
+        for each in reports:
+            under_test.plane.report_seen(each)
+        await under_test.plane.write_seen()
+        (standing,) = await under_test.plane.accounts.agents("demo")
+        return standing.agent.last_seen_at, standing.agent.state
+
+    ready = AgentSeen(agent=agent, seen_at=START + 10, state="ready")
+    left = AgentSeen(agent=agent, seen_at=START + 10, departed=True)
+    # In one write, the first of all, the later report counts.
+    assert await written(ready, left) == (START + 10, None)
+    assert await written(left, ready) == (START + 10, "ready")
+    assert await written(left) == (START + 10, None)
+    later = AgentSeen(agent=agent, seen_at=START + 12, state="draining")
+    assert await written(later) == (START + 12, "draining")
+    assert await written(left) == (START + 12, "draining")
+
+
+async def test_what_was_seen_is_written_within_a_second(under_test: PlaneUnderTest) -> None:
+    await under_test.demo_project()
+    agent = (await under_test.enroll(Node().request(await under_test.join_key()))).agent_id
+
+    async def state() -> str | None:
+        (standing,) = await under_test.plane.accounts.agents("demo")
+        return standing.agent.state
+
+    running = asyncio.create_task(under_test.plane.run())
+    under_test.plane.report_seen(AgentSeen(agent=agent, seen_at=START, state="draining"))
+    async with asyncio.timeout(PATIENCE_S):
+        # The plane's own clock, which stands still but for this.
+        await asyncio.wait([running], timeout=0.05)
+        under_test.clock.now += 1.0
+        while await state() != "draining":
+            await asyncio.wait([running], timeout=0.05)
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_a_write_that_is_cut_off_loses_no_report(
+    under_test: PlaneUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await under_test.demo_project()
+    agent = (await under_test.enroll(Node().request(await under_test.join_key()))).agent_id
+    under_test.plane.report_seen(AgentSeen(agent=agent, seen_at=START, state="ready"))
+    entered = asyncio.Event()
+
+    async def never(transaction: Transaction, reports: Iterable[AgentSeen]) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transaction, "agents_seen", never)
+        writing = asyncio.create_task(under_test.plane.write_seen())
+        await entered.wait()
+        writing.cancel()
+        await asyncio.wait([writing])
+    await under_test.plane.write_seen()
+    (standing,) = await under_test.plane.accounts.agents("demo")
+    assert standing.agent.state == "ready"
 
 
 async def test_reports_are_bounded(under_test: PlaneUnderTest) -> None:

@@ -21,7 +21,8 @@ from xim_router.control.accounts import AgentStanding
 from xim_router.dispatch.catalog import Scope, TaskMode
 from xim_router.settings import ADVERTISE_HOST
 
-# An agent is seen at each lease renewal, every ten seconds by default, and that is written within five.
+# An agent is seen at each lease renewal, every ten seconds by default, and that is written within one. A router that
+# loses an agent says so itself; this is for routers that ended without a word.
 _ACTIVE_S = 60
 _DEAD_S = 86_400
 
@@ -290,8 +291,9 @@ def list_agents(project: str | None, as_json: bool) -> None:
             "name": each.agent.name,
             "project": each.project_slug,
             "endpoint": each.endpoint_slug,
-            "status": _status(each, now),
-            "state": each.agent.state,
+            "status": (status := _status(each, now)),
+            # What it said last is true of an agent that is connected; of any other nobody knows.
+            "state": each.agent.state if status == "active" else None,
             "region": each.agent.region,
             "version": each.agent.agent_version,
             "last_seen_at": each.agent.last_seen_at,
@@ -349,4 +351,6 @@ def _status(standing: AgentStanding, now: float) -> str:
     if agent.last_seen_at is None:
         return "pending"
     unseen_s = now - agent.last_seen_at
-    return "active" if unseen_s < _ACTIVE_S else "disconnected" if unseen_s < _DEAD_S else "dead"
+    if unseen_s >= _DEAD_S:
+        return "dead"
+    return "active" if agent.state is not None and unseen_s < _ACTIVE_S else "disconnected"

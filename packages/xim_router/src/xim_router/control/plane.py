@@ -4,6 +4,7 @@ It hands catalogs to the data plane and takes reports of agents seen; inference 
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -35,7 +36,8 @@ from xim_router.settings import RouterSettings
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
-SEEN_INTERVAL_S = 5.0
+SEEN_INTERVAL_S = 1.0
+"""How often what was seen is written, if anything was."""
 _SEEN_BOUND = 10_000
 
 _Part = TypeVar("_Part")
@@ -167,7 +169,7 @@ class ControlPlane:
         return hmac.digest(_started(self._keys).api_keys, secret.encode("utf-8", "surrogatepass"), "sha256")
 
     def report_seen(self, seen: AgentSeen) -> None:
-        """Note a sign of life; the latest one per agent is written within seconds, and may be lost."""
+        """Note a sign of life or a departure; the latest one per agent is written within seconds, and may be lost."""
         if seen.agent in self._seen or len(self._seen) < _SEEN_BOUND:
             self._seen[seen.agent] = seen
 
@@ -176,12 +178,14 @@ class ControlPlane:
         if not self._seen:
             return
         reports, self._seen = self._seen, {}
-        try:
-            async with _started(self._store).record() as transaction:
-                await transaction.agents_seen(reports.values())
-        except DatabaseUnavailable:
-            # Newer reports that came meanwhile stay.
-            self._seen = reports | self._seen
+        with contextlib.suppress(DatabaseUnavailable):
+            try:
+                async with _started(self._store).record() as transaction:
+                    await transaction.agents_seen(reports.values())
+            except BaseException:
+                # Cancelled at the router's end too, which writes once more; newer reports that came meanwhile stay.
+                self._seen = reports | self._seen
+                raise
 
     async def poll(self) -> None:
         """Publish the database's catalog now, if it changed."""

@@ -184,12 +184,20 @@ class Transaction:
             raise Taken from error
 
     async def agents_seen(self, reports: Iterable[AgentSeen]) -> None:
-        """Write when agents were last seen, and in which state."""
-        rows = [{"agent": r.agent, "seen": r.seen_at, "state_word": r.state} for r in reports]
-        if rows:
-            table = tables.agents
-            values: dict[str, Any] = {"last_seen_at": bindparam("seen"), "state": bindparam("state_word")}
-            await self._connection.execute(update(table).where(table.c.id == bindparam("agent")).values(values), rows)
+        """Write when agents were last seen, and in which state; one that has left has none.
+
+        That an agent has left says the router that lost it. It counts unless another one saw the agent later.
+        """
+        table = tables.agents
+        values: dict[str, Any] = {"last_seen_at": bindparam("seen"), "state": bindparam("state_word")}
+        seen = update(table).where(table.c.id == bindparam("agent")).values(values)
+        unless_later = or_(table.c.last_seen_at.is_(None), table.c.last_seen_at <= bindparam("seen"))
+        rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for each in reports:
+            rows[each.departed].append({"agent": each.agent, "seen": each.seen_at, "state_word": each.state})
+        for departed, statement in ((False, seen), (True, seen.where(unless_later))):
+            if rows[departed]:
+                await self._connection.execute(statement, rows[departed])
 
     async def refresh_tokens(self, agent: AgentId) -> list[RefreshTokenRecord]:
         """The agent's whole family of refresh tokens."""

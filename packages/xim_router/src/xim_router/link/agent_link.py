@@ -6,7 +6,7 @@ from time import monotonic
 
 from xim_protocol.codec import Frames
 from xim_protocol.ids import AgentId
-from xim_protocol.messages import Channel
+from xim_protocol.messages import Channel, GoodbyeCode
 from xim_protocol.router_session import RouterSession
 from xim_router.link.exchange import Exchange
 from xim_router.link.transport import RoutingId, SendResult, Transport
@@ -36,6 +36,10 @@ class AgentLink:
     """A timer will flush this link, and tell of closed streams."""
     tells_closed: bool = False
     """That timer has fired: the next flush says everything."""
+    seen_at: float = 0.0
+    """When the agent was last heard of, in Unix seconds: what it reported, or its Goodbye. Chunks do not count."""
+    goodbye: GoodbyeCode | None = None
+    """What the agent ended the session with."""
 
     def flush(self, transport: Transport) -> SendResult:
         """Send what the session wants to send, as far as the peer takes it.

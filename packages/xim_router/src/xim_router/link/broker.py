@@ -8,7 +8,6 @@ and the responses' sinks. Sends are gathered and leave once per loop tick.
 import asyncio
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterable
 
 from xim_protocol.codec import MAX_FRAMES, Frames
@@ -50,7 +49,8 @@ from xim_router.link.exchange import Exchange
 from xim_router.link.gatekeeper import Admission
 from xim_router.link.journal import Journal
 from xim_router.link.links import Links
-from xim_router.link.reception import Reception
+from xim_router.link.reception import SHUTTING_DOWN, Reception
+from xim_router.link.sightings import Sightings
 from xim_router.link.transport import RoutingId, Transport
 from xim_router.telemetry.metrics import LinkReading
 
@@ -75,7 +75,7 @@ class Broker:
         self.dispatcher = dispatcher
         self.routers = routers
         self._journal = journal
-        self._report_seen = report_seen
+        self._sightings = Sightings(report_seen)
         self._loop = asyncio.get_running_loop()
         self._leases = LeaseTable()
         self._links = Links(self._loop, self.lose_link)
@@ -309,7 +309,7 @@ class Broker:
                 self._refused(exchange, event)
             case AgentReported():
                 self._leases.grant(link.agent, link.session.lease_s, now)
-                self._report_seen(AgentSeen(agent=link.agent, seen_at=time.time(), state=event.state.value))
+                self._sightings.seen(link, event.state)
                 self._announce(link)
             case LinkReady():
                 self._announce(link)
@@ -318,7 +318,7 @@ class Broker:
             case Counted():
                 self._journal.counted(link.agent, event)
             case GoodbyeReceived():
-                log.info("agent left", extra={"agent": link.agent, "code": event.code.value})
+                self._sightings.said_goodbye(link, event.code)
                 self.end_session(link, None, "")
 
     def _finished(self, exchange: Exchange, event: ResponseEnded[Exchange]) -> None:
@@ -381,7 +381,7 @@ class Broker:
         if not link.routing_ids:
             return
         self._journal.link_lost()
-        log.info("link lost", extra={"agent": link.agent})
+        self._sightings.lost(link, several=len(self.routers) > 1)
         self._links.unbind(link)
         link.session.link_lost()
         self._announce(link)
@@ -390,9 +390,7 @@ class Broker:
         """End a session: its requests are dispatched again or fail, its sockets are shut."""
         if not self._links.remove(link):
             return
-        if code is not None:
-            level = logging.INFO if code is GoodbyeCode.SHUTDOWN else logging.WARNING
-            log.log(level, "session ended", extra={"agent": link.agent, "code": code.value, "why": message})
+        self._sightings.ended(link, code, message, several=len(self.routers) > 1)
         link.session.end(code, message)
         # By this end's own books: a session forgets the streams that ended in a message before it came to its fault.
         cut = [each for each in self._exchanges.values() if each.agent == link.agent and each.stream is not None]
@@ -473,11 +471,12 @@ class Broker:
 
     def shut(self) -> None:
         """Tell clients and agents that this router ends."""
+        self._reception.close()
         for exchange in list(self._exchanges.values()):
             if not exchange.concluded:
-                self._conclude(exchange, exchange.sink.fail(FailCode.AGENT_LOST, "The router is shutting down."))
+                self._conclude(exchange, exchange.sink.fail(FailCode.AGENT_LOST, SHUTTING_DOWN))
         for link in self._links:
-            self.end_session(link, GoodbyeCode.SHUTDOWN, "The router is shutting down.")
+            self.end_session(link, GoodbyeCode.SHUTDOWN, SHUTTING_DOWN)
         if self._timer is not None:
             self._timer.cancel()
 

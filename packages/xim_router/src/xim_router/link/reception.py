@@ -34,6 +34,8 @@ from xim_router.link.transport import RoutingId
 
 log = logging.getLogger(__name__)
 
+SHUTTING_DOWN = "The router is shutting down."
+
 
 class Host(Protocol):
     """What the reception needs of the broker."""
@@ -66,6 +68,11 @@ class Reception:
         self._host = host
         self._links = links
         self._journal = journal
+        self._closed = False
+
+    def close(self) -> None:
+        """Begin no session any more: the router ends, and who comes again is to come later."""
+        self._closed = True
 
     def receive(
         self, channel: Channel, routing_id: RoutingId, agent: AgentId, descriptor: Callable[[], int], frames: Frames
@@ -98,7 +105,7 @@ class Reception:
 
     def _hello(self, agent: AgentId, routing_id: RoutingId, descriptor: int, hello: Hello) -> None:
         registered = self._host.catalog.agents.get(agent)
-        refusal = _refusal(registered, hello)
+        refusal = (GoodbyeCode.SHUTDOWN, SHUTTING_DOWN) if self._closed else _refusal(registered, hello)
         if registered is None or refusal is not None:
             code, message = refusal or (GoodbyeCode.REVOKED, "")
             self._links.turn_away(routing_id, descriptor, code, message)
