@@ -125,6 +125,34 @@ async def test_a_port_that_is_taken_is_named_with_its_variable(
         pass
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("HTTP_HOST", "203.0.113.9", "Set XEROTIER_ROUTER_HTTP_HOST"),
+        ("HTTP_HOST", "no.such.host.invalid", "Set XEROTIER_ROUTER_HTTP_HOST, or XEROTIER_ROUTER_LINK_HOST for"),
+        ("LINK_HOST", "203.0.113.9", "Set XEROTIER_ROUTER_LINK_HOST"),
+        ("LINK_HOST", "no.such.host.invalid", "Set XEROTIER_ROUTER_LINK_HOST"),
+        ("METRICS_HOST", "203.0.113.9", "Set XEROTIER_ROUTER_METRICS_HOST"),
+        ("METRICS_HOST", "no.such.host.invalid", "Set XEROTIER_ROUTER_METRICS_HOST"),
+        ("METRICS_HOST", "2001:db8::9", "[2001:db8::9]:"),
+    ],
+)
+async def test_an_address_that_is_not_this_machines_is_named_with_its_own_variable(
+    accounts: Accounts, variable: str, value: str, remedy: str
+) -> None:
+    given = {f"XEROTIER_ROUTER_{variable}": value}
+    if variable == "HTTP_HOST" and value.startswith("203"):
+        given["XEROTIER_ROUTER_LINK_HOST"] = "127.0.0.1"
+    topology = Topology(accounts, router=given)
+    topology.router.start()
+    assert await topology.router.ended() == 1
+    (told,) = [line for line in topology.router.written().splitlines() if line.startswith("Error: ")]
+    assert remedy in told
+    assert value in told
+    assert "_PORT" not in told
+    assert not topology.router.lines("serving")
+
+
 def self_signed(folder: Path, name: str, algorithm: BestAvailableEncryption | NoEncryption) -> tuple[Path, Path]:
     """PEM files of a new key and of a certificate for it: certificate, key."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -96,6 +96,21 @@ def test_values_that_do_not_fit_together_are_named(
     assert "hidden" not in str(caught.value)
 
 
+@pytest.mark.parametrize("variable", ["HTTP_HOST", "LINK_HOST", "METRICS_HOST", "ADVERTISE_HOST"])
+@pytest.mark.parametrize("value", ["a b", "http://router.example", "[::1]:8080", "host/path"])
+def test_what_can_be_no_host_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(f"XEROTIER_ROUTER_{variable}", value)
+    with pytest.raises(SettingsInvalid, match="must be a host") as caught:
+        load_settings()
+    assert [problem.variable for problem in caught.value.problems] == [f"XEROTIER_ROUTER_{variable}"]
+
+
+@pytest.mark.parametrize("value", ["0.0.0.0", "::", "fe80::1%eth0", "router_1.internal", "localhost", "*"])
+def test_every_form_of_a_host_is_taken(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("XEROTIER_ROUTER_HTTP_HOST", value)
+    assert load_settings().http_host == value
+
+
 def test_certificate_files_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XEROTIER_ROUTER_TLS_CERT", str(tmp_path / "cert.pem"))
     monkeypatch.setenv("XEROTIER_ROUTER_TLS_KEY", str(tmp_path / "key.pem"))

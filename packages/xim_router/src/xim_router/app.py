@@ -10,7 +10,6 @@ import gc
 import logging
 import resource
 import signal
-import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from xim_router.link.broker import Broker
 from xim_router.link.gatekeeper import Gatekeeper
 from xim_router.link.journal import Journal
 from xim_router.link.transport import Transport
-from xim_router.listening import NOT_SENT_BYTES, CannotStart, tls_context
+from xim_router.listening import CannotStart, address, cannot_bind, listen, tls_context
 from xim_router.settings import RouterSettings
 from xim_router.supervisor import UNUSABLE_STATUS
 from xim_router.telemetry.metrics import RouterMetrics
@@ -138,11 +137,12 @@ class Router:
             try:
                 transport.bind(settings.resolved_link_host, settings.control_port, settings.streaming_port)
             except zmq.ZMQError as error:
-                where = f"{settings.resolved_link_host}:{settings.control_port} or :{settings.streaming_port}"
-                raise CannotStart(
-                    f"The agents' ports {where} cannot be bound: {error.strerror}. Stop what uses them, or set "
-                    "XEROTIER_ROUTER_CONTROL_PORT and XEROTIER_ROUTER_STREAMING_PORT."
-                ) from None
+                host = settings.resolved_link_host
+                where = f"{address(host, settings.control_port)} or :{settings.streaming_port}, for agents,"
+                ports = "XEROTIER_ROUTER_CONTROL_PORT and XEROTIER_ROUTER_STREAMING_PORT"
+                hosts = "XEROTIER_ROUTER_HTTP_HOST, or XEROTIER_ROUTER_LINK_HOST for agents alone,"
+                named = hosts if settings.link_host is None else "XEROTIER_ROUTER_LINK_HOST"
+                raise cannot_bind(where, error, named, ports) from None
             gatekeeper.start(loop)
             transport.start(loop)
             broker.attach(transport)
@@ -156,10 +156,11 @@ class Router:
         settings, loop = self._settings, asyncio.get_running_loop()
         http = _Server(_http_config(front, self._tls))
         shared = self._worker is not None
-        port = _listen(settings.http_host, settings.http_port, "XEROTIER_ROUTER_HTTP_PORT", shared=shared)
-        servers = [(http, port)]
+        variables = "XEROTIER_ROUTER_HTTP_HOST", "XEROTIER_ROUTER_HTTP_PORT"
+        servers = [(http, listen(settings.http_host, settings.http_port, *variables, shared=shared))]
         if not settings.disable_metrics:
-            listener = _listen(settings.metrics_host, settings.metrics_port, "XEROTIER_ROUTER_METRICS_PORT")
+            variables = "XEROTIER_ROUTER_METRICS_HOST", "XEROTIER_ROUTER_METRICS_PORT"
+            listener = listen(settings.metrics_host, settings.metrics_port, *variables)
             servers.append((_Server(_config(MetricsApp(metrics.registry))), listener))
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._on_signal)
@@ -173,7 +174,7 @@ class Router:
             for server, listener in servers:
                 tasks.create_task(server.serve(sockets=[listener]), name="http")
             settle_memory()
-            log.info("serving", extra={"http": f"{settings.http_host}:{settings.http_port}"})
+            log.info("serving", extra={"http": address(settings.http_host, settings.http_port)})
             await self._stopping.wait()
             await self._stop(broker, control, [server for server, _ in servers])
             for task in background:
@@ -266,21 +267,6 @@ def _http_config(front: ASGIApp, tls: ssl.SSLContext | None = None) -> uvicorn.C
         timeout_keep_alive=75,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
     )
-
-
-def _listen(host: str, port: int, variable: str, *, shared: bool = False) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=4096, reuse_port=shared)
-    except OSError as error:
-        raise CannotStart(
-            f"{host}:{port} cannot be bound: {error.strerror}. Stop what uses it, or set {variable}."
-        ) from None
-    with contextlib.suppress(AttributeError, OSError):
-        # Connections inherit it. Without it the kernel takes megabytes for a client that reads nothing, and nobody
-        # sees that they wait; what is under way to a client that reads is not limited by it.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_BYTES)
-    return listener
 
 
 def _readiness(broker: Broker, control: ControlPlane) -> Callable[[], Readiness]:

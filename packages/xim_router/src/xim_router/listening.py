@@ -1,5 +1,8 @@
 """What the router listens with: its TLS certificate and its TCP ports, each with the remedy where it cannot be had."""
 
+import contextlib
+import errno
+import socket
 import ssl
 from pathlib import Path
 
@@ -13,6 +16,41 @@ NOT_SENT_BYTES = 32 * 1024
 
 class CannotStart(Exception):
     """The router cannot start for a reason that an operator can mend; the message says how."""
+
+
+def listen(host: str, port: int, host_variable: str, port_variable: str, *, shared: bool = False) -> socket.socket:
+    """A listening TCP socket; a `shared` one leaves room for others on the same port.
+
+    Raises:
+        CannotStart: the address cannot be bound; the variable at fault is named.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=4096, reuse_port=shared)
+    except (OSError, UnicodeError) as error:
+        raise cannot_bind(address(host, port), error, host_variable, port_variable) from None
+    with contextlib.suppress(AttributeError, OSError):
+        # Connections inherit it. Without it the kernel takes megabytes for a client that reads nothing, and nobody
+        # sees that they wait; what is under way to a client that reads is not limited by it.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_BYTES)
+    return listener
+
+
+def cannot_bind(where: str, error: Exception, host_variable: str, port_variable: str) -> CannotStart:
+    """Why `where` cannot be listened at, and which variable mends it: the port's, or else the host's."""
+    number, why = getattr(error, "errno", None), getattr(error, "strerror", None) or "it is no host name"
+    if number == errno.EADDRINUSE:
+        remedy = f"Stop what uses it, or set {port_variable}."
+    elif number in (errno.EACCES, errno.EPERM):
+        remedy = f"A port below 1024 needs a privilege (CAP_NET_BIND_SERVICE); give it, or set {port_variable}."
+    else:
+        remedy = f"Set {host_variable} to an address of this machine, or to 0.0.0.0 for all of them."
+    return CannotStart(f"{where} cannot be bound: {why}. {remedy}")
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as they are written together."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from xim_router.settings_types import (
+    HOST,
     Flag,
     LogFormat,
     LogLevel,
@@ -76,7 +77,7 @@ class RouterSettings(BaseSettings):
     )
     http_host: str = Field(
         default="127.0.0.1",
-        min_length=1,
+        pattern=HOST,
         validation_alias="XEROTIER_ROUTER_HTTP_HOST",
         description="Address on which clients and enrolling agents are served.",
         json_schema_extra=listen(),
@@ -89,7 +90,7 @@ class RouterSettings(BaseSettings):
     )
     link_host: str | None = Field(
         default=None,
-        min_length=1,
+        pattern=HOST,
         validation_alias="XEROTIER_ROUTER_LINK_HOST",
         description="Address of the control and streaming ports, where it differs from the HTTP host.",
         json_schema_extra=listen(default="the HTTP host"),
@@ -134,7 +135,7 @@ class RouterSettings(BaseSettings):
     )
     metrics_host: str = Field(
         default="127.0.0.1",
-        min_length=1,
+        pattern=HOST,
         validation_alias="XEROTIER_ROUTER_METRICS_HOST",
         description="Address of /metrics, which has its own listener because its labels name tenants.",
         json_schema_extra=listen(),

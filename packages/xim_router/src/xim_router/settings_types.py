@@ -50,6 +50,8 @@ def data_dir() -> Path:
     return platformdirs.user_data_path("xerotier-router")
 
 
+HOST = r"^[A-Za-z0-9._:%*-]+$"
+"""Names, IPv4 and IPv6 addresses (without brackets, with a zone where they need one), interfaces, `*`."""
 Flag = Annotated[bool, BeforeValidator(flag)]
 Port = Annotated[int, Ge(1), Le(65_535)]
 

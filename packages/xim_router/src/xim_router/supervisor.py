@@ -10,13 +10,13 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
 
 import click
 
+from xim_router.listening import CannotStart, listen
 from xim_router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -168,10 +168,7 @@ def _why(number: int, status: int) -> str:
 def _require_free_port(settings: RouterSettings) -> None:
     """Sharing a port shares it with strangers too: a second router of the same user would take every other client."""
     host, port = settings.http_host, settings.http_port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise GivenUp(
-            f"{host}:{port} cannot be bound: {error.strerror}. Stop what uses it, or set XEROTIER_ROUTER_HTTP_PORT."
-        ) from None
+        listen(host, port, "XEROTIER_ROUTER_HTTP_HOST", "XEROTIER_ROUTER_HTTP_PORT").close()
+    except CannotStart as error:
+        raise GivenUp(str(error)) from None
