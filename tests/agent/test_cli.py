@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,41 @@ async def test_settings_shows_every_value_with_its_origin_and_no_secret() -> Non
     assert "XEROTIER_AGENT_AUTO_CONFIG=1  [default]" in done.stdout  # a strict switch took no notice of the word
     assert "XEROTIER_AGENT_VLLM_ENV=HF_TOKEN=**********  [environment]" in done.stdout
     assert "hidden" not in done.stdout + done.stderr
+
+
+async def test_settings_shows_what_a_default_in_words_is_here(tmp_path: Path) -> None:
+    done = await agent("settings", XEROTIER_AGENT_HOME=str(tmp_path))
+    for expected in (
+        f"XEROTIER_AGENT_NAME={socket.gethostname()}  [default]",
+        f"XEROTIER_AGENT_CONFIG_DIR={tmp_path}/.config/xerotier  [default]",
+        f"XEROTIER_AGENT_MODEL_CACHE_PATH={tmp_path}/.cache/xerotier/models  [default]",
+    ):
+        assert expected in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--model", "--initial-model-path"])
+async def test_an_option_that_is_only_a_variable_is_answered_with_it(option: str) -> None:
+    done = await agent("run", option, "/models/x")
+    assert done.returncode == 2
+    assert f"No such option: {option}" in done.stderr
+    assert "XEROTIER_AGENT_INITIAL_MODEL_PATH" in done.stderr
+
+
+async def test_another_unknown_option_is_answered_with_the_nearest() -> None:
+    done = await agent("run", "--max-model-lenn", "5")
+    assert done.returncode == 2
+    assert "--max-model-len" in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("run",)])
+async def test_h_is_help(words: tuple[str, ...]) -> None:
+    done = await agent(*words, "-h")
+    assert (done.returncode, done.stdout.startswith("Usage:")) == (0, True)
+
+
+async def test_warnings_come_with_the_errors_and_not_after_them() -> None:
+    wrong = {"METRICS_PORT": "0", "METRICS_PORTT": "1", "AUTO_CONFIG": "off"}
+    done = await agent("run", VLLM_MODEL="x", **{f"XEROTIER_AGENT_{name}": value for name, value in wrong.items()})
+    assert done.returncode == 2
+    for expected in ("METRICS_PORT='0'", "METRICS_PORTT is not a setting", "AUTO_CONFIG='off'", "VLLM_MODEL is gone"):
+        assert done.stderr.count(expected) == 1

@@ -98,6 +98,20 @@ def test_a_wrong_value_is_answered_with_the_default_as_the_table_words_it(monkey
         load_settings({})
 
 
+@pytest.mark.parametrize("name", ["HEALTH_CHECK_INTERVAL", "GPU_MEMORY_UTILIZATION", "KV_OFFLOAD_SIZE_GB"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_finite_number_is_called_that(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(A + name, value)
+    with pytest.raises(SettingsInvalid, match="must be a finite number"):
+        load_settings({})
+
+
+def test_the_nearest_setting_is_one_that_ends_the_same_way() -> None:
+    assert warnings({A + "MODEL_PATH": "/m"}) == [
+        f"{A}MODEL_PATH is not a setting; the nearest one is {A}INITIAL_MODEL_PATH."
+    ]
+
+
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(A + "JOIN_KEY", "xjk_hidden")
     monkeypatch.setenv(A + "VLLM_SALT_SECRET", "hidden")

@@ -7,6 +7,7 @@ another start would only repeat.
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ def settings_from(flags: dict[str, Any]) -> AgentSettings:
     try:
         settings = load_settings(given)
     except SettingsInvalid as invalid:
+        for sentence in warnings():  # what is wrong is told whole, not in two turns
+            click.echo(f"Warning: {sentence}", err=True)
         lines = "".join(f"\n  {problem}" for problem in invalid.problems)
         raise SettingsError(f"settings cannot be used:{lines}", "") from None
     logs.configure(settings.log_level)
@@ -118,7 +121,20 @@ def join_key_of(settings: AgentSettings, refused: type[OperatorError] = Operator
 
 
 class _WithVariables(click.Command):
-    """A command whose help ends with every variable."""
+    """A command whose help ends with every variable, and that knows an option which is a variable alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; what is set by a variable alone is answered with that variable."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            field = error.option_name.lstrip("-").replace("-", "_")
+            field = "initial_model_path" if field == "model" else field
+            row = next((row for row in rows() if row.field == field), None)
+            if row is None:
+                raise
+            message = f"No such option: {error.option_name}. It is set by the variable {row.variable}."
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The ceilings in force, then the table; written as it stands."""
@@ -143,7 +159,7 @@ def ceilings() -> str:
     )
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version=version(), prog_name="xerotier-xim-agent")
 def main() -> None:
     """The XIM agent: runs vLLM next to its GPU or CPU and serves a router's requests with it."""
@@ -247,5 +263,17 @@ def show_settings(**flags: Any) -> None:
 def _value_and_origin(settings: AgentSettings, row: SettingRow, *, given: bool) -> tuple[str, str]:
     """What holds, secrets masked, and who said so."""
     if not settings.is_set(row.field):
-        return row.default, "default"
+        return _default_here(settings, row), "default"
     return shown_value(getattr(settings, row.field)), "flag" if given else "environment"
+
+
+def _default_here(settings: AgentSettings, row: SettingRow) -> str:
+    """The default, and where the table has words for what depends on this machine, what that is."""
+    match row.field:
+        case "name":
+            return socket.gethostname()
+        case "config_dir":
+            return str(settings.config_directory)
+        case "model_cache_path":
+            return str(settings.model_cache_directory)
+    return row.default

@@ -272,7 +272,7 @@ class AgentSettings(BaseSettings):
     )
 
     # KV cache
-    kv_offload_size_gb: Annotated[float, Field(ge=0, le=1_000_000)] | None = _setting(
+    kv_offload_size_gb: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] | None = _setting(
         None,
         "KV_OFFLOAD_SIZE_GB",
         Group.KV_CACHE,
@@ -335,10 +335,10 @@ class AgentSettings(BaseSettings):
         "An engine degraded for longer has failed and is started again.",
         unit="s",
     )
-    health_check_interval: Annotated[float, Field(gt=0, le=86_400)] = _setting(
+    health_check_interval: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = _setting(
         5.0, "HEALTH_CHECK_INTERVAL", Group.HEALTH, "Time between two checks of the engine.", unit="s"
     )
-    health_check_timeout: Annotated[float, Field(gt=0, le=86_400)] = _setting(
+    health_check_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = _setting(
         10.0, "HEALTH_CHECK_TIMEOUT", Group.HEALTH, "Longest one check may take.", unit="s"
     )
     health_check_failure_threshold: Positive = _setting(

@@ -1,7 +1,7 @@
 """Tells the operator what is wrong with the settings: every problem at once, each with its remedy."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pydantic import SecretStr, ValidationError
@@ -34,6 +34,7 @@ _RULES = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
     "enum": "must be one of {expected}",
     "value_error": "{error}",
 }
@@ -86,9 +87,14 @@ def warnings(variables: Mapping[str, str] | None = None) -> list[str]:
         elif name in known and known[name] in NOT_YET_EFFECTIVE:
             found.append(f"{name} has no effect in this version: {NOT_YET_EFFECTIVE[known[name]]}.")
         elif name.startswith(PREFIX) and name not in known and name not in ELSEWHERE:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            found.append(f"{name} is not a setting; the nearest one is {nearest[0]}.")
+            found.append(f"{name} is not a setting; the nearest one is {_nearest(name, known)}.")
     return found
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """The known variable that `name` most likely means: one that only has words before it, else the most similar."""
+    longer = [each for each in known if each.endswith("_" + name.removeprefix(PREFIX))]
+    return min(longer, key=len) if longer else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def advice(settings: AgentSettings) -> list[str]:
