@@ -58,6 +58,8 @@ lock: $(READY) ## Write the locks in requirements/ anew (UPGRADE=--upgrade takes
 clean: ## Remove the environments, the demo's state and every cache
 	rm -rf .venv .venvs .demo .coverage .coverage.* htmlcov site build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@echo 'Outside this folder stay the caches of uv and pip (uv cache clean, pip cache purge) and ~/.cache/xerotier.'
+	@if [ -d first-answer ]; then echo 'first-answer/ of the tutorial holds keys and stays: rm -r first-answer'; fi
 
 $(READY): requirements/bootstrap.sh requirements/tools.txt requirements/dev.txt $(wildcard packages/*/pyproject.toml)
 	@requirements/bootstrap.sh "$(PYTHON)"
