@@ -8,7 +8,7 @@ import pytest
 
 from xim_router.control.database import Database
 from xim_router.control.errors import KeyFileUnusable, unusable
-from xim_router.control.keys import load_curve_keypair
+from xim_router.control.keys import load_curve_keypair, load_router_keys
 from xim_router.settings import RouterSettings
 
 
@@ -44,3 +44,27 @@ async def test_a_database_elsewhere_is_named_by_its_own_variable(tmp_path: Path)
     with pytest.raises(KeyFileUnusable) as caught:
         await Database.open(f"sqlite+aiosqlite:///{tmp_path}/file/router.db")
     assert "XEROTIER_ROUTER_DATABASE_URL" in caught.value.remedy
+
+
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("content", [b"garbage", b"", b"\xff\xfe", b"ab" * 31])
+def test_a_damaged_curve_key_may_be_deleted(tmp_path: Path, content: bytes, member: int) -> None:
+    settings = RouterSettings.model_validate({"data_dir": tmp_path})
+    path = tmp_path / ("curve-1.key" if member else "curve.key")
+    path.write_bytes(content)
+    with pytest.raises(KeyFileUnusable, match=path.name) as caught:
+        load_curve_keypair(settings, member)
+    assert "SECRET_KEY" not in caught.value.remedy
+    assert "no stored key is recognised" not in caught.value.remedy
+    assert f"delete {path}" in caught.value.remedy
+    path.unlink()
+    load_curve_keypair(settings, member)  # as the remedy says
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\xff\xfe"])
+def test_a_damaged_secret_key_is_never_to_be_deleted(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "secret.key").write_bytes(content)
+    with pytest.raises(KeyFileUnusable, match=r"secret\.key") as caught:
+        load_router_keys(RouterSettings.model_validate({"data_dir": tmp_path}), make=True)
+    assert "backup" in caught.value.remedy
+    assert "delete" not in caught.value.remedy

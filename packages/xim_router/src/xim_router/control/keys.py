@@ -22,6 +22,10 @@ from xim_router.settings import RouterSettings
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
+_SECRET_LOST = (
+    "Restore it from a backup, or set XEROTIER_ROUTER_SECRET_KEY to what it held; without the original no stored key "
+    "is recognised."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +89,12 @@ def load_curve_keypair(settings: RouterSettings, member: int = 0) -> CurveKeypai
     Raises:
         KeyFileUnusable: the file cannot be read, written or understood.
     """
-    secret = _read_or_make(settings.data_dir / (f"curve-{member}.key" if member else "curve.key"))
+    path = settings.data_dir / (f"curve-{member}.key" if member else "curve.key")
+    lost = (
+        f"Restore it from a backup, or delete {path}: the router makes a new one, and agents reach it again once they "
+        "are restarted."
+    )
+    secret = _read_or_make(path, lost)
     public = X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
     return CurveKeypair(public_key=public, secret_key=secret)
 
@@ -95,14 +104,14 @@ def _subkey(secret_key: bytes, label: str) -> bytes:
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(secret_key)
 
 
-def _read_or_make(path: Path) -> bytes:
+def _read_or_make(path: Path, lost: str = _SECRET_LOST) -> bytes:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             _make(path)
     except OSError as error:
         raise unusable(path.parent, error) from error
-    return _read_key(path)
+    return _read_key(path, lost)
 
 
 def _make(path: Path) -> None:
@@ -124,24 +133,21 @@ def _make(path: Path) -> None:
         draft.unlink()
 
 
-def _read_key(path: Path) -> bytes:
+def _read_key(path: Path, lost: str = _SECRET_LOST) -> bytes:
+    """The key in `path`; `lost` is what to do where it holds none."""
     try:
         text = path.read_text().strip()
         if path.stat().st_mode & 0o077:
             log.warning("key file is readable by others", extra={"path": str(path), "remedy": f"chmod 600 {path}"})
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise KeyFileUnusable(
-            f"{path} cannot be read: {reason}.",
-            "Correct its permissions, or restore it from a backup, or set XEROTIER_ROUTER_SECRET_KEY to what it held.",
-        ) from error
+    except OSError as error:
+        remedy = lost if isinstance(error, FileNotFoundError) else f"Correct its permissions. {lost}"
+        raise KeyFileUnusable(f"{path} cannot be read: {error.strerror}.", remedy) from error
+    except UnicodeDecodeError:
+        text = ""
     try:
         key = bytes.fromhex(text)
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:
-        raise KeyFileUnusable(
-            f"{path} does not hold a key: it must be 64 hexadecimal digits.",
-            "Restore it from a backup; without the original no stored key is recognised.",
-        )
+        raise KeyFileUnusable(f"{path} does not hold a key: it must be 64 hexadecimal digits.", lost)
     return key
