@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from xim_router.cli import main
 from xim_router.control.database import Database
-from xim_router.control.errors import KeyFileUnusable, unusable
+from xim_router.control.errors import DatabaseUnavailable, KeyFileUnusable, unusable
 from xim_router.control.keys import load_curve_keypair, load_router_keys
 from xim_router.settings import RouterSettings
 
@@ -68,3 +70,36 @@ def test_a_damaged_secret_key_is_never_to_be_deleted(tmp_path: Path, content: by
         load_router_keys(RouterSettings.model_validate({"data_dir": tmp_path}), make=True)
     assert "backup" in caught.value.remedy
     assert "delete" not in caught.value.remedy
+
+
+def damaged(path: Path) -> None:
+    """Leave the header and the first page, spoil the rest."""
+    whole = bytearray(path.read_bytes())
+    whole[200:] = b"\xa5" * (len(whole) - 200)
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["garbage", "spoilt"])
+async def test_a_file_that_is_no_database_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "router.db"
+    if kind == "garbage":
+        path.write_bytes(b"no database at all, and longer than a header of SQLite is: " * 100)
+    else:
+        await (await Database.open(f"sqlite+aiosqlite:///{path}")).close()
+        damaged(path)
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await Database.open(f"sqlite+aiosqlite:///{path}")
+    assert str(path) in str(caught.value)
+    assert "SQLite" in str(caught.value)
+    assert "backup" in caught.value.remedy
+    assert "runs" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("command", [["db", "check"], ["project", "list"]])
+def test_a_command_says_so_without_a_traceback(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "router.db").write_bytes(b"garbage" * 1000)
+    environment = {"XEROTIER_ROUTER_DATA_DIR": str(tmp_path), "XEROTIER_ROUTER_DATABASE_URL": None}
+    done = CliRunner(env=environment).invoke(main, command)
+    assert done.exit_code == 1
+    assert f"{tmp_path}/router.db is no SQLite database" in done.output
+    assert isinstance(done.exception, SystemExit)

@@ -6,6 +6,7 @@ database is away becomes `DatabaseUnavailable` here.
 
 import asyncio
 import fcntl
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from xim_router.control import migrations
-from xim_router.control.errors import DatabaseUnavailable, SchemaNotCurrent, unusable
+from xim_router.control.errors import DatabaseUnavailable, DatabaseUnreadable, SchemaNotCurrent, unusable
 
 # Another process holds SQLite's one write lock for milliseconds; ten seconds of it mean that something is wrong.
 _SQLITE_BUSY_TIMEOUT_S = 10
@@ -69,7 +70,7 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that sees one state of the database from its first query to its last."""
         level = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        async with _translated(), self._engine.connect() as connection:
+        async with _translated(self._path), self._engine.connect() as connection:
             await connection.execution_options(**level)
             async with connection.begin():
                 yield connection
@@ -82,7 +83,7 @@ class Database:
         if self.is_sqlite:
             async with self.read() as connection:
                 return (await connection.execute(query)).scalar_one()
-        async with _translated():
+        async with _translated(self._path):
             if self._kept is not None:
                 try:
                     return (await self._kept.execute(query)).scalar_one()
@@ -111,7 +112,7 @@ class Database:
 
         SQLite refuses to turn a read into a write once another process wrote, without waiting; so it says so first.
         """
-        async with _translated(), self._engine.connect() as connection:
+        async with _translated(self._path), self._engine.connect() as connection:
             await connection.execution_options(**{_WRITES: True})
             async with connection.begin():
                 yield connection
@@ -126,7 +127,7 @@ class Database:
         release = await asyncio.to_thread(_lock_file, self._path) if self._path is not None else None
         try:
             if self.is_sqlite:
-                async with _translated(), self._engine.connect() as connection:
+                async with _translated(self._path), self._engine.connect() as connection:
                     driver = await connection.get_raw_connection()
                     assert driver.driver_connection is not None
                     await driver.driver_connection.execute("PRAGMA journal_mode=WAL")
@@ -225,7 +226,8 @@ def _postgres_engine(url: str) -> AsyncEngine:
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def _translated(path: Path | None) -> AsyncIterator[None]:
+    """`path` is the file of an SQLite database."""
     try:
         yield
     except (IntegrityError, DataError):
@@ -234,9 +236,18 @@ async def _translated() -> AsyncIterator[None]:
         # Our statements are fixed, so whatever a driver says to one is about the database: away, starting, full,
         # closed to us, its tables not as we left them. A router must outlive all of it.
         cause = None if error.orig is None else error.orig.__cause__
-        raise DatabaseUnavailable(cause or error) from error
+        raise _unreadable(path, error.orig) or DatabaseUnavailable(cause or error) from error
+    except sqlite3.DatabaseError as error:
+        raise _unreadable(path, error) or DatabaseUnavailable(error) from error
     except (PoolTimeout, OSError, TimeoutError) as error:
         raise DatabaseUnavailable(error) from error
+
+
+def _unreadable(path: Path | None, error: BaseException | None) -> DatabaseUnreadable | None:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the upper bits tell kinds of one error apart
+    if path is None or code not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return None
+    return DatabaseUnreadable(path, damaged=code == sqlite3.SQLITE_CORRUPT)
 
 
 def _lock_file(path: Path) -> Callable[[], None]:

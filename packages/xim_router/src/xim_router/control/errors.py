@@ -23,6 +23,17 @@ class DatabaseUnavailable(ControlError):
         )
 
 
+class DatabaseUnreadable(DatabaseUnavailable):
+    """SQLite's file is none, or is damaged."""
+
+    def __init__(self, path: Path, *, damaged: bool) -> None:
+        wrong = "is damaged: SQLite cannot read it" if damaged else "is no SQLite database"
+        remedy = (
+            "Restore it from a backup, or name another file: XEROTIER_ROUTER_DATABASE_URL or XEROTIER_ROUTER_DATA_DIR."
+        )
+        ControlError.__init__(self, f"{path} {wrong}.", remedy)
+
+
 class SchemaNotCurrent(ControlError):
     """The database was made by another version of the router."""
 
