@@ -101,6 +101,8 @@ async def test_enrolling_stores_credentials_and_again_says_so(tmp_path: Path) ->
     assert [done.returncode for done in (first, second, third)] == [0, 0, 0]
     assert "enrollment successful" in first.stdout
     assert "is enrolled as agent agent-1" in second.stdout
+    assert "agent revoke" not in first.stdout + second.stdout
+    assert "xerotier-router agent revoke agent-1" in third.stdout
     assert fake.paths() == ["/v1/enroll", "/v1/enroll"]
     assert fake.key().secret not in first.stdout + first.stderr
 

@@ -9,8 +9,8 @@ import openai
 import pytest
 import pytest_asyncio
 
-from tests.support.accounts import Accounts
-from tests.support.programs import eventually
+from tests.support.accounts import Accounts, command
+from tests.support.programs import clean_environment, eventually
 from tests.support.topology import Topology
 from tests.topology.scripts import body
 from xim_router.dispatch.dispatcher import QUEUE_PLACES
@@ -136,3 +136,25 @@ async def test_who_waited_as_long_as_the_setting_says_is_told_so(topology: Topol
     assert await is_refusal(topology, answer, "queue_timeout")
     (line,) = await topology.request_lines(1, request=answer.headers["x-request-id"])
     assert 2.0 <= line["queue_wait_s"] <= waited_s
+
+
+async def test_an_identity_that_never_connected_takes_no_part_in_who_is_waited_for(accounts: Accounts) -> None:
+    """As one that `enroll --again` left behind: the sole real agent is away, and it is plain whom to wait for."""
+    async with Topology(accounts, router={"XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT_S": "120"}) as topology:
+        environment = clean_environment(
+            XEROTIER_AGENT_CONFIG_DIR=str(topology.folder / "given-up"),
+            XEROTIER_AGENT_JOIN_KEY=await topology.join_key(),
+            XEROTIER_AGENT_ALLOW_INSECURE="1",
+        )
+        done = await asyncio.to_thread(command, "xerotier-xim-agent", "enroll", environment=environment)
+        assert done.status == 0, done.text
+        # Nobody waits for it alone either.
+        answer = await ask(topology, QUICK)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_agent_available")
+
+        node = await topology.start_node()
+        assert await node.program.terminate() == 0
+        waiting = asyncio.create_task(ask(topology, QUICK))
+        await parked(topology, 1)
+        await topology.restart_node(node)
+        assert (await waiting).status_code == 200

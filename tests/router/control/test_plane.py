@@ -358,6 +358,7 @@ async def test_an_agent_not_seen_for_a_day_is_dead_until_it_is_seen_again(under_
     agent = (await under_test.enroll(Node().request(await under_test.join_key()))).agent_id
     await under_test.plane.poll()
     assert not under_test.catalog.agents[agent].dead
+    assert under_test.catalog.agents[agent].pending
     under_test.clock.now += 24 * 3600
     await under_test.plane.poll()
     assert under_test.catalog.agents[agent].dead
@@ -366,3 +367,4 @@ async def test_an_agent_not_seen_for_a_day_is_dead_until_it_is_seen_again(under_
     under_test.clock.now += 300
     await under_test.plane.poll()
     assert not under_test.catalog.agents[agent].dead
+    assert not under_test.catalog.agents[agent].pending

@@ -135,10 +135,31 @@ def test_an_agent_without_a_session_counts_only_when_no_other_is_left(dispatcher
     assert dispatcher.submit(req(1)) == []
 
 
-@pytest.mark.parametrize("out", [enrolled(A, suspended=True), enrolled(A, dead=True)], ids=["suspended", "dead"])
+@pytest.mark.parametrize(
+    "out",
+    [enrolled(A, suspended=True), enrolled(A, dead=True), enrolled(A, pending=True)],
+    ids=["suspended", "dead", "pending"],
+)
 def test_an_agent_that_is_out_is_not_waited_for(dispatcher: WatchedDispatcher, out: RegisteredAgent) -> None:
     dispatcher.register(out)
     assert dispatcher.submit(req(1)) == [Reject(req(1), Rejection.NO_AGENT, 0.0)]
+
+
+def test_an_agent_that_never_connected_does_not_count_beside_one_that_did(dispatcher: WatchedDispatcher) -> None:
+    dispatcher.register(enrolled(A), enrolled(B, pending=True))
+    assert dispatcher.submit(req(1)) == []
+
+
+def test_an_agent_that_has_connected_is_waited_for_though_the_catalog_does_not_know_it_yet(
+    dispatcher: WatchedDispatcher,
+) -> None:
+    dispatcher.register(enrolled(A, pending=True))
+    dispatcher.agent_up(view(A))
+    dispatcher.agent_down(A)
+    assert dispatcher.submit(req(1)) == []
+    # Any change of the catalog brings the same again.
+    dispatcher.register(enrolled(A, pending=True))
+    assert dispatcher.submit(req(2)) == []
 
 
 def test_a_dead_agent_that_has_come_back_serves(dispatcher: WatchedDispatcher) -> None:

@@ -26,6 +26,7 @@ REGISTERED = st.builds(
     st.one_of(ENDPOINTS, st.none()),
     suspended=st.sampled_from([False, False, False, True]),
     dead=st.sampled_from([False, False, False, True]),
+    pending=st.sampled_from([False, False, False, True]),
 )
 
 

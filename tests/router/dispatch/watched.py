@@ -24,7 +24,12 @@ def req(number: int) -> RequestId:
 
 
 def enrolled(
-    agent: AgentId, endpoint: EndpointId | None = CHAT, *, suspended: bool = False, dead: bool = False
+    agent: AgentId,
+    endpoint: EndpointId | None = CHAT,
+    *,
+    suspended: bool = False,
+    dead: bool = False,
+    pending: bool = False,
 ) -> RegisteredAgent:
     return RegisteredAgent(
         agent=agent,
@@ -34,6 +39,7 @@ def enrolled(
         endpoint=endpoint,
         suspended=suspended,
         dead=dead,
+        pending=pending,
     )
 
 

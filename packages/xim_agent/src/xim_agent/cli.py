@@ -186,8 +186,11 @@ async def _enroll(settings: AgentSettings, join_key: JoinKey | None, *, again: b
                 return
             if join_key is None:
                 raise NotEnrolled
-            stored = await enroller.enroll(join_key)
-            click.echo(f"enrollment successful: agent {stored.enrollment.agent_id}")
+            enrolled = await enroller.enroll(join_key)
+            click.echo(f"enrollment successful: agent {enrolled.enrollment.agent_id}")
+            if stored is not None:
+                old = stored.enrollment.agent_id  # only the router's operator can end it: its keys are gone
+                click.echo(f"The router still lists agent {old}. To end it there: xerotier-router agent revoke {old}")
     except EnrollmentFailed as failure:
         raise OperatorError(f"{failure.message} [{failure.code}]", failure.remedy) from None
     except CredentialsError as error:

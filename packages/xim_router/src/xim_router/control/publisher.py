@@ -160,4 +160,5 @@ def _agent(record: AgentRecord, now: float) -> RegisteredAgent:
         endpoint=record.endpoint_id,
         suspended=record.suspended_at is not None,
         dead=now - last_sign >= DEAD_AFTER_S,
+        pending=record.last_seen_at is None,
     )

@@ -71,6 +71,8 @@ class RegisteredAgent:
     suspended: bool = False
     dead: bool = False
     """Not seen for longer than the grace of 24 h; computed when the snapshot is built."""
+    pending: bool = False
+    """Never seen, as of the snapshot: enrolled only, which an identity that was given up at once stays for ever."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ def why_not_park(nodes: Collection[Node]) -> Rejection | None:
     """Why a request that no node can take now may not wait for one, or None when it may.
 
     It may wait where it is plain which node it waits for: the sole one that serves; where none serves, the sole one
-    with a session; where none has a session, the sole one that is enrolled. Several that serve and are all full are
+    with a session; where none has a session, the sole one that is absent. Several that serve and are all full are
     a sign of load that waiting would only hide, so the client learns it at once.
     """
     standings = [node.standing for node in nodes]

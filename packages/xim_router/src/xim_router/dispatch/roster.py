@@ -35,9 +35,9 @@ class Standing(StrEnum):
     RETURNING = "returning"
     """Has a session and will serve again: its link is down, it loads, restarts its engine or drains."""
     ABSENT = "absent"
-    """Enrolled, without a session, seen not too long ago."""
+    """Enrolled, without a session; it had one, and was seen not too long ago."""
     OUT = "out"
-    """Never counts: failed, suspended, dead or not enrolled."""
+    """Never counts: failed, suspended, dead, not enrolled, or enrolled and never connected."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +48,8 @@ class Node:
     registered: RegisteredAgent | None = None
     view: AgentView | None = None
     standing: Standing = Standing.OUT
+    met: bool = False
+    """It had a session with this router, whatever the catalog knows of that yet."""
     in_flight: int = 0
     held_back: bool = False
     """It refused a request: nothing more than it named since, until it names slots for all that it refused or serves
@@ -101,12 +103,12 @@ class Node:
         self.refused_in_flight = None
 
 
-def standing_of(registered: RegisteredAgent | None, view: AgentView | None) -> Standing:
+def standing_of(registered: RegisteredAgent | None, view: AgentView | None, *, met: bool) -> Standing:
     """The one place where enrolment and session become a standing."""
     if registered is None or registered.suspended:
         return Standing.OUT
     if view is None:
-        return Standing.OUT if registered.dead else Standing.ABSENT
+        return Standing.OUT if registered.dead or (registered.pending and not met) else Standing.ABSENT
     if view.state is AgentState.FAILED:
         return Standing.OUT
     if view.connected and view.state is AgentState.READY and view.endpoint == registered.endpoint:
@@ -146,6 +148,7 @@ class Roster:
         if view.capacity > node.capacity:
             node.open_anew()
         node.view = view
+        node.met = True
         self._refresh(node)
         return node
 
@@ -164,7 +167,7 @@ class Roster:
         return node
 
     def _refresh(self, node: Node) -> None:
-        before, node.standing = node.standing, standing_of(node.registered, node.view)
+        before, node.standing = node.standing, standing_of(node.registered, node.view, met=node.met)
         if node.standing is Standing.SERVING and before is not Standing.SERVING:
             node.open_anew()
         if node.registered is None and node.view is None and node.in_flight == 0:
