@@ -16,7 +16,7 @@ help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Start router, agent and a real vLLM, ask one question, keep serving (MODEL=/path, DEMO_ONCE=1)
-	@$(BIN)/python -m demo.demo $(if $(MODEL),--model '$(MODEL)')
+	@$(BIN)/python -m demo $(if $(MODEL),--model '$(MODEL)')
 
 test: $(READY) ## Run every test that needs no vLLM, with the coverage gates
 	$(BIN)/python -m pytest -m "not engine and not soak" --cov --cov-report=

@@ -1,6 +1,6 @@
 """`make demo`: router, agent and a real vLLM on this machine, one question answered, then left running.
 
-    python -m demo.demo [--model FOLDER] [--state FOLDER]     DEMO_ONCE=1 ends after the answer
+    python -m demo [--model FOLDER] [--state FOLDER]     DEMO_ONCE=1 ends after the answer
 
 The state lives in `.demo`; a second run uses it again and takes no longer than the engine's own start.
 """
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demo.demo", description="Run router, agent and vLLM here.")
+    parser = argparse.ArgumentParser(prog="python -m demo", description="Run router, agent and vLLM here.")
     parser.add_argument(
         "--model", type=Path, default=TINY, help="folder of a model that vLLM can load (default: the tiny one)"
     )
@@ -168,7 +168,3 @@ def _stop(children: list[Child], signals: Signals) -> None:
     for child in reversed(children):
         with step(f"Stopping the {child.name}"):
             child.stop(AGENT_GRACE_S if child.name == "agent" else ROUTER_GRACE_S, signals.hurried)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,8 +22,8 @@ class DemoFailed(Exception):
     """The demo cannot go on; the message says why and what to do."""
 
 
-class StopRequested(Exception):
-    """Ctrl-C, or a signal that asks this program to end."""
+class StopRequested(KeyboardInterrupt):
+    """Ctrl-C, or a signal that asks this program to end; no failure, so nothing that handles one takes it."""
 
 
 class Signals:

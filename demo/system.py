@@ -1,6 +1,7 @@
 """Router and agent of the demo: what is made in the router's database, and how both are started and waited for."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -148,7 +149,8 @@ def wait_for_agent(agent: Child, router: Child, run: Run) -> None:
             raise DemoFailed(f"The agent has given its engine up. {agent.log_tail()}")
         return _get(readiness) is not None
 
-    with step("Starting the agent and its engine", lambda: last_words(agent.log)):
+    log = os.path.relpath(agent.log)
+    with step(f"Starting the agent and its engine (log: {log})", lambda: last_words(agent.log)):
         _wait(ready, agent, AGENT_START_S)
 
 

@@ -22,6 +22,17 @@ from demo.state import Folder, State
 from tests.demo.test_state import free_ports
 
 FAKE_VLLM = ROOT / "tests" / "support" / "bin" / "fake-vllm"
+SLOW = """
+import builtins, runpy, time
+real = builtins.__import__
+def slowly(name, *rest, **more):
+    if name == "demo.demo":
+        print("importing", flush=True)
+        time.sleep(600)
+    return real(name, *rest, **more)
+builtins.__import__ = slowly
+runpy.run_module("demo", run_name="__main__")
+"""
 MARK = "XIM_DEMO_TEST_MARK"
 
 pytestmark = pytest.mark.timeout(300)
@@ -52,7 +63,7 @@ def environment(state: Path, **more: str) -> dict[str, str]:
 
 
 def command(state: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "demo.demo", "--state", str(state), *more]
+    return [sys.executable, "-m", "demo", "--state", str(state), *more]
 
 
 def marked_processes(state: Path) -> list[str]:
@@ -82,6 +93,7 @@ def run_once(state: Path, *more: str, **variables: str) -> "subprocess.Completed
 def test_it_answers_once_then_runs_again_and_serves_until_it_is_stopped(state: Path, model: Path) -> None:
     first = run_once(state, "--model", str(model), XEROTIER_AGENT_VLLM_PATH=str(FAKE_VLLM))
     assert first.returncode == 0, first.stderr
+    assert f"Starting the agent and its engine (log: {os.path.relpath(state / 'agent.log', ROOT)})" in first.stderr
     assert "time to first token" in first.stdout
     assert marked_processes(state) == []
     identity, kept = agent_id(state), Folder(path=state).load()
@@ -124,6 +136,18 @@ def test_an_engine_that_does_not_start_is_told_and_leaves_no_process(state: Path
     assert failed.returncode == 1
     assert f"The end of {state / 'agent.log'}" in failed.stderr
     assert marked_processes(state) == []
+
+
+def test_ctrl_c_before_the_demo_is_loaded_prints_no_traceback() -> None:
+    # Its imports take half a second; here the first of them never ends.
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
 
 
 @contextmanager
