@@ -3,10 +3,13 @@
 import logging
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.router.http.tenants import CHAT
 from tests.router.link.rig import Rig
 from xim_protocol.routes import ROUTES
+from xim_router.http.hints import is_route, meant_path
 from xim_router.http.inference import Inference
 
 
@@ -50,6 +53,56 @@ async def test_an_unknown_route_is_a_clear_error(path: str) -> None:
         assert (call.status, call.code) == (404, "route_not_found")
         assert call.headers["x-request-id"] == "mine"
         assert call.json()["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//chat/completions//", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/tokenize", "/tokenize"),
+        ("/models", "/v1/models"),
+        ("/models/qwen/tiny", "/v1/models/qwen/tiny"),
+        ("/healthz/", "/healthz"),
+        ("/v1/healthz", "/healthz"),
+        ("/enroll", "/v1/enroll"),
+        ("/proj_acme/chat/chat/completions", "/proj_acme/chat/v1/chat/completions"),
+        ("/proj_acme/chat/v1/embeddings/", "/proj_acme/chat/v1/embeddings"),
+        ("/proj_acme/chat/models", "/proj_acme/chat/v1/models"),
+    ],
+)
+async def test_a_path_that_is_nearly_right_is_told_the_right_one(path: str, meant: str) -> None:
+    async with Rig() as rig:
+        call = await rig.ask({"model": "chat"}, path=path)
+        assert (call.status, call.code) == (404, "route_not_found")
+        assert call.json()["error"]["message"] == f"There is no such route. Did you mean {meant}?"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
+async def test_a_path_without_a_route_is_told_where_clients_begin(path: str) -> None:
+    async with Rig() as rig:
+        message = (await rig.ask(b"", method="GET", path=path)).json()["error"]["message"]
+        assert message.startswith("There is no such route. ")
+        assert "/v1/models" in message
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/audio/speech", "/docs", "/proj_acme/chat/v1/nothing", "/a/b/c/d", "/v1/modelsx", "/api/chat/completions"],
+)
+async def test_a_path_that_is_near_to_nothing_gets_no_hint(path: str) -> None:
+    async with Rig() as rig:
+        assert (await rig.ask({}, path=path)).json()["error"]["message"] == "There is no such route."
+
+
+@given(st.text(alphabet=st.sampled_from("/v1ab.%"), max_size=12) | st.text(max_size=20))
+def test_a_hint_is_always_a_route_and_never_the_path_itself(path: str) -> None:
+    for asked in (f"/{path}", f"/{path}/chat/completions", f"/v1/chat/completions{path}", f"/{path}/models"):
+        meant = meant_path(asked)
+        assert meant is None or (is_route(meant) and meant != asked)
 
 
 async def test_models_are_listed_in_both_forms() -> None:

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xim_protocol.enrollment import FAILURES
+from xim_router.http.hints import route_hint
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         415: "unsupported_media_type",
     }
     known = codes.get(error.status_code)
-    if known is not None:
+    if known == "route_not_found":
+        hint = route_hint(request.url.path)
+        response = _respond(request, ApiError(known, f"{ERRORS[known].message} {hint}".rstrip()))
+    elif known is not None:
         response = _respond(request, ApiError(known))
     else:
         code = "invalid_request" if error.status_code < 500 else "internal_error"

@@ -12,14 +12,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from xim_protocol.routes import ROUTES_BY_PATH
 from xim_router.http.answer import Answer, send_answer
 from xim_router.http.errors import ApiError, answer
+from xim_router.http.hints import MODELS_PATH
 from xim_router.http.inference import Inference, RequestIds, identify
 from xim_router.http.models import get_model, list_models
 from xim_router.http.operations import Readiness, healthz, readyz
 from xim_router.link.broker import Broker
 
 log = logging.getLogger(__name__)
-
-MODELS_PATH = "/v1/models"
 
 
 class Front:
