@@ -124,7 +124,7 @@ class RouterSettings(BaseSettings):
     tls_cert: Path | None = Field(
         default=None,
         validation_alias="XEROTIER_ROUTER_TLS_CERT",
-        description="PEM file of the certificate chain; without TLS agents off this machine need --insecure.",
+        description="PEM file of the certificate chain; without TLS agents need --insecure, those of this machine too.",
         json_schema_extra=listen(),
     )
     tls_key: Path | None = Field(
