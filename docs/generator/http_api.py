@@ -55,9 +55,10 @@ _SMALL_ROUTES = (
 _READYZ = """\
 `/readyz` answers a JSON object: `status` (`ready`, `starting`, `waiting`, `shutting_down`), `control` (`fresh`,
 `stale 42 s` or `unread`: how old the database's last word is), `agents_ready`, `endpoints_ready`, and `reason`
-where it is not ready. A database that is away leaves the router ready: inference goes on with what it knows. Agents
-enroll before any agent serves, so a balancer must not keep *them* away by `/readyz`. `HEAD` works wherever `GET`
-does.
+where it is not ready. A router that stops refuses new connections, which a probe sees first; `shutting_down` is for
+one that was connected before. A database that is away leaves the router ready: inference goes on with what it
+knows. Agents enroll before any agent serves, so a balancer must not keep *them* away by `/readyz`. `HEAD` works
+wherever `GET` does.
 
 ## What a connection may take
 

@@ -322,6 +322,40 @@ async def test_a_client_that_is_still_sending_its_body_does_not_hold_up_a_stop(a
         assert "Traceback" not in topology.router.written()
 
 
+async def test_a_router_that_stops_refuses_connections_and_turns_away_what_is_still_arriving(
+    accounts: Accounts,
+) -> None:
+    async with serving(accounts, serve=hold) as (topology, agent), await call(topology, n=1) as running:
+        work = await agent.work()
+        await begin_stream(work)
+        await running.head()
+        body = json.dumps({"model": ENDPOINT}).encode()
+        headers = {**topology.headers(PROJECT), "content-type": "application/json", "content-length": str(len(body))}
+        half = request_bytes("POST", "/v1/chat/completions", {**headers, "expect": "100-continue"})
+        async with await open_call(topology.http_port, half) as arriving, await idle(topology) as reused:
+            # That it is asked to go on says that its head was read.
+            assert (await arriving.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+            topology.router.send(signal.SIGTERM)
+            assert await reused.reader.read() == b""
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", topology.http_port)
+            arriving.writer.write(body)
+            await arriving.rest()
+            assert (arriving.status, arriving.code) == (503, "shutting_down")
+        await work.write(b"data: [DONE]\n\n")
+        work.end()
+        await running.rest()
+        assert running.body.endswith(b"data: [DONE]\n\n")
+        assert await topology.router.ended(within_s=LESS_THAN_THE_GRACE_S) == 0
+
+
+async def idle(topology: Topology) -> Call:
+    """A connection that had its answer and is kept."""
+    kept = await open_call(topology.http_port, request_bytes("GET", "/healthz", {}))
+    assert (await kept.rest()).status == 200
+    return kept
+
+
 async def test_a_killed_router_that_is_started_again_knows_its_agents(accounts: Accounts) -> None:
     async with serving(accounts) as (topology, agent):
         await topology.router.kill()
