@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+from glob import glob
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.agent.agent_process import agent_process, granted
 from tests.agent.link.enrollments import router as enrollment_router
@@ -82,6 +84,20 @@ async def test_a_restart_needs_no_join_key(tmp_path: Path) -> None:
             assert router.session is not None
             router.session.end(None)
         assert enroll.paths() == ["/v1/enroll", "/v1/enroll/refresh"]
+
+
+async def test_the_directory_of_the_socket_goes_with_the_agent_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll, VLLM_SOCKET_PATH="") as agent:
+            await ready(router)
+            assert len(glob(f"{tmp_path}/xim-*/engine.sock")) == 1
+            agent.signal()
+            assert await agent.ended() == 0
+    assert glob(f"{tmp_path}/xim-*") == []
 
 
 async def test_a_second_signal_forces_and_leaves_no_process(tmp_path: Path) -> None:

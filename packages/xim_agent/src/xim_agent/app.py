@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -61,7 +62,11 @@ async def serve(settings: AgentSettings, join_key: JoinKey | None) -> None:
         stored = await stop.unless_asked(enroller.start(join_key))
         if stored is not None:
             settle_memory()
-            await Node(settings, surroundings, transport, enroller, stop.asked).run()
+            try:
+                await Node(settings, surroundings, transport, enroller, stop.asked).run()
+            finally:
+                if settings.vllm_socket_path is None:
+                    forget_socket(surroundings.places.socket_path)
 
 
 class StopRequest:
@@ -91,6 +96,13 @@ class StopRequest:
             working.cancel()
             waiting.cancel()
             await asyncio.wait({working, waiting})
+
+
+def forget_socket(path: Path) -> None:
+    """Take away the socket of an engine that has ended, and the directory that was made for it where it is empty."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
 
 
 def settle_memory() -> None:
