@@ -143,6 +143,11 @@ def test_revoked_keys_and_deleted_endpoints_are_listed_as_such(cli: Cli) -> None
         (("endpoint", "create", "--project", "demo", "--slug", "v1", "--model", "m"), "slug must be", 1),
         (("endpoint", "create", "--project", "demo", "--slug", "s", "--model", ""), "model's name must be", 1),
         (("project", "create", "--slug", "demo"), "a project 'demo' already", 1),
+        (
+            ("endpoint", "create", "--project", "demo", "--slug", "taken", "--model", "m"),
+            "an endpoint 'taken' already",
+            1,
+        ),
         (("project", "create", "--slug", "De_mo"), "slug must be", 1),
         (("key", "create", "--project", "demo", "--name", "n", "--endpoint", "no"), "no endpoint 'no'", 1),
         (("key", "create", "--project", "demo", "--name", "n", "--expires-in", "soon"), "30m, 24h or 7d", 2),
@@ -159,6 +164,7 @@ def test_a_mistake_is_answered_with_a_remedy_and_no_traceback(
     cli: Cli, args: tuple[str, ...], said: str, exit_code: int
 ) -> None:
     cli("project", "create", "--slug", "demo")
+    cli("endpoint", "create", "--project", "demo", "--slug", "taken", "--model", "m")
     result = cli(*args, exit_code=exit_code)
     assert said in result.output
     assert "Traceback" not in result.output
@@ -180,6 +186,28 @@ def test_wrong_settings_stop_every_command_with_all_of_them(cli: Cli) -> None:
     for variable in wrong:
         assert variable in result.output
     assert "hush" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("join-key", "create", "--project", "demo"),
+        ("project", "list"),
+        ("agent", "list"),
+        ("settings",),
+        ("db", "check"),
+    ],
+)
+def test_a_misspelt_variable_is_warned_of_once(cli: Cli, command: tuple[str, ...]) -> None:
+    cli("project", "create", "--slug", "demo")
+    assert cli(*command, XEROTIER_ROUTER_HTP_PORT="1").stderr.count("XEROTIER_ROUTER_HTP_PORT is no variable") == 1
+
+
+def test_serve_warns_of_a_misspelt_variable_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xim_router.cli._serve_requests", lambda _settings, _worker: None)
+    monkeypatch.setattr("xim_router.cli.configure_logging", lambda *_words, **_more: None)
+    told = cli("serve", XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT="1").stderr
+    assert told.count("XEROTIER_SINGLE_AGENT_QUEUE_TIMEOUT is no variable") == 1
 
 
 def test_settings_are_shown_with_their_origin_and_masked(cli: Cli) -> None:

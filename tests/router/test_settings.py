@@ -111,6 +111,16 @@ def test_every_form_of_a_host_is_taken(monkeypatch: pytest.MonkeyPatch, value: s
     assert load_settings().http_host == value
 
 
+@pytest.mark.parametrize(("given", "missing"), [("TLS_CERT", "TLS_KEY"), ("TLS_KEY", "TLS_CERT")])
+def test_half_a_tls_pair_names_the_other_half(monkeypatch: pytest.MonkeyPatch, given: str, missing: str) -> None:
+    monkeypatch.setenv(f"XEROTIER_ROUTER_{given}", "/k.pem")
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings()
+    assert f"  XEROTIER_ROUTER_{missing}: is not set beside XEROTIER_ROUTER_{given}. Set both, or neither." in str(
+        caught.value
+    )
+
+
 def test_certificate_files_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XEROTIER_ROUTER_TLS_CERT", str(tmp_path / "cert.pem"))
     monkeypatch.setenv("XEROTIER_ROUTER_TLS_KEY", str(tmp_path / "key.pem"))

@@ -66,14 +66,15 @@ def serve(workers: int | None, worker: int | None) -> None:
 
     Everything is set by environment variables; what is missing is made at first start.
     """
-    settings = settings_or_exit(workers=workers)
+    # The parent of several workers has warned already.
+    settings = settings_or_exit(workers=workers, warn=worker is None)
     configure_logging(settings.log_level, settings.log_format, worker=worker)
     if worker is not None:
         _serve_requests(settings, worker)
         return
     _log_settings(settings)
     _warn_of_exposure(settings)
-    if not on_accounts(lambda accounts: accounts.projects()):
+    if not on_accounts(lambda accounts: accounts.projects(), settings):
         click.echo(_FIRST_STEPS, err=True)
     if settings.workers > 1:
         from xim_router.supervisor import supervise

@@ -231,7 +231,8 @@ def create_join_key(
             region=region,
             expires_in_s=expires_in,
             max_uses=max_uses,
-        )
+        ),
+        settings,
     )
     record = {"key": made.encode(), "id": stored.id, "enroll_url": url, "expires_at": stored.expires_at}
     insecure = "" if url.startswith("https://") else " --insecure"

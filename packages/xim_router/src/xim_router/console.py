@@ -47,15 +47,15 @@ class Duration(click.ParamType[float]):
         return float(seconds)
 
 
-def settings_or_exit(workers: int | None = None) -> RouterSettings:
-    """The settings, or an error that lists every wrong one; unknown variables are named on standard error.
+def settings_or_exit(workers: int | None = None, *, warn: bool = True) -> RouterSettings:
+    """The settings, or an error that lists every wrong one; with `warn` unknown variables are named on standard error.
 
     `workers` was given as an option, which goes before its variable.
 
     Raises:
         SettingsError: with every wrong value.
     """
-    for variable, nearest in unknown_variables().items():
+    for variable, nearest in unknown_variables().items() if warn else ():
         hint = f"; did you mean {nearest}?" if nearest else ""
         click.echo(f"Warning: {variable} is no variable of the router{hint}", err=True)
     try:
@@ -64,13 +64,15 @@ def settings_or_exit(workers: int | None = None) -> RouterSettings:
         raise SettingsError(str(error)) from error
 
 
-def on_accounts(work: Callable[[Accounts], Awaitable[_Result]]) -> _Result:
+def on_accounts(work: Callable[[Accounts], Awaitable[_Result]], settings: RouterSettings | None = None) -> _Result:
     """Do `work` on the database that the settings name, which is made or migrated where needed.
+
+    They are read here where the command did not need them before.
 
     Raises:
         OperatorError: with the remedy.
     """
-    settings = settings_or_exit()
+    settings = settings or settings_or_exit()
 
     async def opened() -> _Result:
         async with open_storage(settings) as storage:

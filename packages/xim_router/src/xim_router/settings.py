@@ -477,8 +477,9 @@ def _database_problems(settings: RouterSettings) -> list[Problem]:
 
 def _tls_problems(settings: RouterSettings) -> list[Problem]:
     if (settings.tls_cert is None) != (settings.tls_key is None):
-        missing = "tls_key" if settings.tls_key is None else "tls_cert"
-        return [_problem(settings, missing, "is needed with the other of the pair", "Set both, or neither.")]
+        missing, given = ("tls_key", "tls_cert") if settings.tls_key is None else ("tls_cert", "tls_key")
+        rule = f"is not set beside {_variable(given)}"
+        return [Problem(variable=_variable(missing), value=None, rule=rule, remedy="Set both, or neither.")]
     return [
         _problem(settings, name, "is not a file", "Correct the path, or unset both for plain HTTP.")
         for name in ("tls_cert", "tls_key")

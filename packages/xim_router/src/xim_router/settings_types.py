@@ -71,15 +71,21 @@ class Problem:
     """One wrong value."""
 
     variable: str
-    value: str
+    value: str | None
+    """None where it is wrong that there is none."""
     rule: str
     remedy: str
+
+    @property
+    def shown(self) -> str:
+        """The variable, with its value where it has one."""
+        return self.variable if self.value is None else f"{self.variable}={self.value}"
 
 
 class SettingsInvalid(Exception):
     """One or more variables cannot be used; the message lists all of them."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        lines = [f"  {p.variable}={p.value}: {p.rule}. {p.remedy}" for p in problems]
+        lines = [f"  {p.shown}: {p.rule}. {p.remedy}" for p in problems]
         super().__init__("\n".join([f"{len(problems)} setting(s) cannot be used:", *lines]))
         self.problems = tuple(problems)

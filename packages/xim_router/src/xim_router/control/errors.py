@@ -65,7 +65,8 @@ class AlreadyExists(ControlError):
     """A name is taken."""
 
     def __init__(self, kind: str, name: str) -> None:
-        super().__init__(f"There is a {kind} {name!r} already.", "Choose another name.")
+        article = "an" if kind[0] in "aeiouAEIOU" else "a"
+        super().__init__(f"There is {article} {kind} {name!r} already.", "Choose another name.")
 
 
 class InvalidValue(ControlError):
