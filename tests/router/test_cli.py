@@ -282,6 +282,18 @@ def test_an_agent_that_left_or_may_not_serve_has_no_state(cli: Cli, settings_of:
     assert shown() == ("revoked", None)
 
 
+def test_only_a_revoked_agent_is_deleted(cli: Cli, settings_of: Callable[[], RouterSettings]) -> None:
+    cli("project", "create", "--slug", "demo")
+    agent = asyncio.run(enrolled_agent(settings_of(), seen_ago_s=0.0))
+    refused = cli("agent", "delete", agent, exit_code=1).output
+    assert f"xerotier-router agent revoke {agent}" in refused
+    assert len(json.loads(cli("agent", "list", "--json").stdout)) == 1
+    cli("agent", "revoke", agent)
+    assert "deleted" in cli("agent", "delete", agent).stdout
+    assert json.loads(cli("agent", "list", "--json").stdout) == []
+    assert f"no agent {agent!r}" in cli("agent", "delete", agent, exit_code=1).output
+
+
 async def test_commands_take_effect_beside_a_running_router(cli: Cli, tmp_path: Path, database_url: str) -> None:
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     state = {"XEROTIER_ROUTER_DATA_DIR": str(tmp_path / "state"), "XEROTIER_ROUTER_DATABASE_URL": database_url}

@@ -353,6 +353,27 @@ async def test_routers_that_start_at_once_agree_on_the_key_that_one_of_them_made
         await plane.close()
 
 
+async def test_the_node_of_a_deleted_agent_is_unknown_and_may_enroll_anew(under_test: PlaneUnderTest) -> None:
+    await under_test.demo_project()
+    accounts, node = under_test.plane.accounts, Node()
+    enrolled = await under_test.enroll(node.request(await under_test.join_key()))
+    refreshed = await under_test.refresh(node.refresh(enrolled.agent_id, enrolled.refresh_token))
+    await accounts.revoke_agent(enrolled.agent_id)
+    await under_test.plane.poll()
+    assert under_test.catalog.revoked_curve_keys == {node.curve}
+    await accounts.delete_agent(enrolled.agent_id)
+    await under_test.plane.poll()
+    assert under_test.catalog.revoked_curve_keys == frozenset()
+    assert under_test.catalog.agents == {}
+    again = node.refresh(enrolled.agent_id, refreshed.refresh_token)
+    assert await under_test.refusal(again) == (401, "refresh_token_unknown")
+    # A sign of life that was under way is nobody's.
+    under_test.plane.report_seen(AgentSeen(agent=enrolled.agent_id, seen_at=START, state="ready"))
+    await under_test.plane.write_seen()
+    assert await accounts.agents() == []
+    await under_test.enroll(node.request(await under_test.join_key()))
+
+
 async def test_an_agent_not_seen_for_a_day_is_dead_until_it_is_seen_again(under_test: PlaneUnderTest) -> None:
     await under_test.demo_project()
     agent = (await under_test.enroll(Node().request(await under_test.join_key()))).agent_id

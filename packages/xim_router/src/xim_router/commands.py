@@ -312,6 +312,14 @@ def revoke_agent(agent_id: str) -> None:
     click.echo(f"Agent {agent_id} revoked.")
 
 
+@agent.command("delete")
+@click.argument("agent_id", metavar="ID")
+def delete_agent(agent_id: str) -> None:
+    """Take a revoked agent off the list."""
+    on_accounts(lambda accounts: accounts.delete_agent(AgentId(agent_id)))
+    click.echo(f"Agent {agent_id} deleted.")
+
+
 @agent.command("suspend")
 @click.argument("agent_id", metavar="ID")
 def suspend_agent(agent_id: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from xim_protocol.enrollment import JoinKey
 from xim_protocol.ids import AgentId, EndpointId, ProjectId
 from xim_protocol.join_key import JOIN_KEY_ENTROPY_BYTES, JoinKeyError
-from xim_router.control.errors import AlreadyExists, InvalidValue, NotFound
+from xim_router.control.errors import AlreadyExists, InvalidValue, NotFound, NotRevoked
 from xim_router.control.keys import RouterKeys, keyed_hash
 from xim_router.control.records import (
     AgentRecord,
@@ -256,6 +256,18 @@ class Accounts:
             NotFound
         """
         await self._change_agent(agent, "revoked_at", self._clock())
+
+    async def delete_agent(self, agent: AgentId) -> None:
+        """Forget a revoked agent. Its node is unknown from then on, which is refused as well.
+
+        Raises:
+            NotFound, NotRevoked
+        """
+        async with self._store.change() as transaction:
+            record = await _agent(transaction, agent)
+            if record.revoked_at is None:
+                raise NotRevoked(agent)
+            await transaction.delete_agent(agent)
 
     async def suspend_agent(self, agent: AgentId) -> None:
         """Give the agent no more requests until it is resumed.

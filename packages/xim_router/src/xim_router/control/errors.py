@@ -61,6 +61,15 @@ class NotFound(ControlError):
         super().__init__(f"There is no {kind} {name!r}.", f"List them: xerotier-router {command} list")
 
 
+class NotRevoked(ControlError):
+    """Only what was ended is deleted: an agent that still serves must not be cut off by a clean-up."""
+
+    def __init__(self, agent: str) -> None:
+        super().__init__(
+            f"Agent {agent} is not revoked.", f"End it first, for good: xerotier-router agent revoke {agent}"
+        )
+
+
 class AlreadyExists(ControlError):
     """A name is taken."""
 

@@ -183,6 +183,12 @@ class Transaction:
         except IntegrityError as error:
             raise Taken from error
 
+    async def delete_agent(self, agent: AgentId) -> None:
+        """Forget an agent and its family of refresh tokens."""
+        tokens = tables.refresh_tokens
+        await self._connection.execute(delete(tokens).where(tokens.c.agent_id == agent))
+        await self._connection.execute(delete(tables.agents).where(tables.agents.c.id == agent))
+
     async def agents_seen(self, reports: Iterable[AgentSeen]) -> None:
         """Write when agents were last seen, and in which state; one that has left has none.
 
