@@ -45,9 +45,13 @@ async def enroll(config: Path, key: str, *flags: str, insecure: bool = True) -> 
     return await asyncio.to_thread(command, "xerotier-xim-agent", *words, environment=environment)
 
 
-def assert_told(done: Done, code: EnrollmentCode, key: str) -> None:
-    """Exit code 1, cause, code and remedy of the common table, no traceback, nothing of the key's secret."""
-    assert (done.status, code.value in done.text) == (1, True), done.text
+RUN_STATUS = 3
+"""Of a `run` that another start would only repeat; systemd leaves it alone."""
+
+
+def assert_told(done: Done, code: EnrollmentCode, key: str, *, status: int = 1) -> None:
+    """Exit status, cause, code and remedy of the common table, no traceback, nothing of the key's secret."""
+    assert (done.status, code.value in done.text) == (status, True), done.text
     assert FAILURES[code].remedy in done.text
     assert "Traceback" not in done.text
     assert_no_secret(done.text, key)
@@ -95,7 +99,7 @@ async def test_a_key_that_is_not_whole_is_told_without_asking_anyone(
     done = await enroll(tmp_path / "config", damaged)
     assert_told(done, code, good_key)
     ran = await run_once(tmp_path / "config", damaged)
-    assert_told(ran, code, good_key)
+    assert_told(ran, code, good_key, status=RUN_STATUS)
 
 
 async def run_once(config: Path, key: str) -> Done:
@@ -149,7 +153,7 @@ async def test_a_key_that_was_revoked(topology: Topology, tmp_path: Path) -> Non
     key, key_id = str(done.made["key"]), str(done.made["id"])
     assert (await topology.cli("join-key", "revoke", key_id)).status == 0
     assert_told(await enroll(tmp_path / "config", key), EnrollmentCode.JOIN_KEY_REVOKED, key)
-    assert_told(await run_once(tmp_path / "config", key), EnrollmentCode.JOIN_KEY_REVOKED, key)
+    assert_told(await run_once(tmp_path / "config", key), EnrollmentCode.JOIN_KEY_REVOKED, key, status=RUN_STATUS)
 
 
 async def test_plain_http_needs_to_be_permitted(topology: Topology, good_key: str, tmp_path: Path) -> None:
