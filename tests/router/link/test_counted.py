@@ -77,3 +77,17 @@ async def test_counts_that_never_come_are_forgotten(
             tell(agent, request)
         await until(lambda: len(lines(caplog)) == 2)
         assert [line.request for line in lines(caplog)] == requests[1:]
+
+
+async def test_counts_that_come_too_late_are_forgotten(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(journal, "UNCOUNTED_S", 0.0)
+    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
+        # Each end forgets those before it; the last one is nobody's "before" yet.
+        requests = [await cancelled(rig, agent) for _ in range(3)]
+        for request in requests:
+            tell(agent, request)
+        await until(lambda: lines(caplog))
+        assert [line.request for line in lines(caplog)] == requests[2:]

@@ -22,7 +22,9 @@ _RETRIES = {
 
 
 UNCOUNTED = 4096
-"""Requests without a report whose count may still come."""
+"""Requests without a report whose count may still come, at most;"""
+UNCOUNTED_S = 10.0
+"""and how long it may take; an agent counts within moments, and what comes later is not logged."""
 
 
 class Journal:
@@ -33,7 +35,8 @@ class Journal:
         # `labels()` costs more than counting does; there are as many as endpoints and outcomes.
         self._requests: dict[tuple[str, str, str], Counter] = {}
         self._seconds: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
-        self._uncounted: dict[RequestId, tuple[AgentId, Endpoint]] = {}
+        self._uncounted: dict[RequestId, tuple[AgentId, Endpoint, float]] = {}
+        """In the order of their ends, with the time of each."""
 
     # --- Per message -----------------------------------------------------------------------------------------------
 
@@ -107,7 +110,7 @@ class Journal:
     def concluded(self, exchange: Exchange, code: str | None, now: float) -> None:
         """The one line of a request, and its figures."""
         if code is not None:
-            self._await_count(exchange)
+            self._await_count(exchange, now)
         outcome = code or str(exchange.status or 0)
         endpoint = exchange.endpoint
         names = (endpoint.project, endpoint.slug)
@@ -140,17 +143,18 @@ class Journal:
             },
         )
 
-    def _await_count(self, exchange: Exchange) -> None:
-        """The agent may count what the engine did not report; what comes later than many others is not known."""
+    def _await_count(self, exchange: Exchange, now: float) -> None:
+        """The agent may count what the engine did not report; what comes late, or after many others, is not known."""
         if exchange.agent is None or exchange.usage is not None:
             return
-        self._uncounted[exchange.request] = (exchange.agent, exchange.endpoint)
-        if len(self._uncounted) > UNCOUNTED:
-            del self._uncounted[next(iter(self._uncounted))]
+        waiting = self._uncounted
+        waiting[exchange.request] = (exchange.agent, exchange.endpoint, now)
+        while len(waiting) > UNCOUNTED or next(iter(waiting.values()))[2] < now - UNCOUNTED_S:
+            del waiting[next(iter(waiting))]
 
     def counted(self, agent: AgentId, counted: Counted) -> None:
         """`agent` counted the tokens of a request that ended without the engine's report; of no other agent's."""
-        of_agent, endpoint = self._uncounted.get(counted.request, (None, None))
+        of_agent, endpoint, _ = self._uncounted.get(counted.request, (None, None, 0.0))
         if endpoint is None or of_agent != agent:
             return
         del self._uncounted[counted.request]
