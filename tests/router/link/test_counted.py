@@ -66,28 +66,20 @@ async def test_nobody_counts_for_another_agent_or_for_no_request(caplog: pytest.
         await until(lambda: lines(caplog))
 
 
+@pytest.mark.parametrize(
+    ("bound", "value", "kept"),
+    [("UNCOUNTED", 2, 2), ("UNCOUNTED_S", 0.0, 1)],
+    ids=["after many others", "after a while"],
+)
 async def test_counts_that_never_come_are_forgotten(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bound: str, value: float, kept: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(journal, "UNCOUNTED", 2)
+    monkeypatch.setattr(journal, bound, value)
     async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
+        # It is the end of a later request at which an earlier one is forgotten.
         requests = [await cancelled(rig, agent) for _ in range(3)]
         for request in requests:
             tell(agent, request)
-        await until(lambda: len(lines(caplog)) == 2)
-        assert [line.request for line in lines(caplog)] == requests[1:]
-
-
-async def test_counts_that_come_too_late_are_forgotten(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(journal, "UNCOUNTED_S", 0.0)
-    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
-        # Each end forgets those before it; the last one is nobody's "before" yet.
-        requests = [await cancelled(rig, agent) for _ in range(3)]
-        for request in requests:
-            tell(agent, request)
-        await until(lambda: lines(caplog))
-        assert [line.request for line in lines(caplog)] == requests[2:]
+        await until(lambda: len(lines(caplog)) == kept)
+        assert [line.request for line in lines(caplog)] == requests[-kept:]
