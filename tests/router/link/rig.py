@@ -105,7 +105,7 @@ class Rig:
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self.http_port: int = self._listener.getsockname()[1]
-        self._server = _Server(_http_config(self._front()))
+        self._server = _Server(_http_config(self._front(), self.metrics.refused))
         self._serving: asyncio.Task[None] | None = None
         self.publish()
         for name in agents:
@@ -114,7 +114,7 @@ class Rig:
     def _front(self) -> Front:
         control = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         install_error_handlers(control)
-        return Front(self.inference, self.broker, control, self._readiness)
+        return Front(self.inference, self.broker, control, self._readiness, self.metrics.refused)
 
     def _readiness(self) -> Readiness:
         statistics = self.broker.statistics()

@@ -13,6 +13,7 @@ import signal
 import ssl
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import click
 import uvicorn
@@ -109,7 +110,7 @@ class Router:
             stack.enter_context(self._link(broker, control))
             await control.join()
             inference = self._inference(broker, control, metrics)
-            front = Front(inference, broker, control.api(), _readiness(broker, control))
+            front = Front(inference, broker, control.api(), _readiness(broker, control), metrics.refused)
             self._watch = inference.watch
             await self._serve(broker, control, front, metrics)
 
@@ -156,7 +157,7 @@ class Router:
 
     async def _serve(self, broker: Broker, control: ControlPlane, front: ASGIApp, metrics: RouterMetrics) -> None:
         settings, loop = self._settings, asyncio.get_running_loop()
-        http = _Server(_http_config(front, self._tls))
+        http = _Server(_http_config(front, metrics.refused, self._tls))
         shared = self._worker is not None
         variables = "XEROTIER_ROUTER_HTTP_HOST", "XEROTIER_ROUTER_HTTP_PORT"
         servers = [(http, listen(settings.http_host, settings.http_port, *variables, shared=shared))]
@@ -253,10 +254,10 @@ def _tls(settings: RouterSettings) -> ssl.SSLContext | None:
     return tls_context(settings.tls_cert, settings.tls_key)
 
 
-def _http_config(front: ASGIApp, tls: ssl.SSLContext | None = None) -> uvicorn.Config:
+def _http_config(front: ASGIApp, refused: Callable[[str], None], tls: ssl.SSLContext | None = None) -> uvicorn.Config:
     return uvicorn.Config(
         front,
-        http=HttpProtocol,
+        http=partial(HttpProtocol, refused=refused),  # type: ignore[arg-type]  # uvicorn calls it, and no more
         ws="none",
         loop="none",
         lifespan="off",

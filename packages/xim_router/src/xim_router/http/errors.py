@@ -201,7 +201,7 @@ class _RequestIds:
             log.exception("request failed", extra={"request": request_id, "path": scope["path"]})
             if started:
                 raise
-            failed = answer(ApiError("internal_error"), request_id)
+            failed = answer(_noted(scope, ApiError("internal_error")), request_id)
             await send({"type": "http.response.start", "status": failed.status, "headers": failed.headers})
             await send({"type": "http.response.body", "body": failed.body})
 
@@ -215,8 +215,24 @@ def _identify(scope: Scope) -> str:
     return str(state["request_id"])
 
 
+def answered_error(scope: Scope) -> str | None:
+    """The code of the error that an application with these handlers answered, None where it was none.
+
+    A client that left was answered nothing.
+    """
+    code: str | None = scope["state"].get("error_code")
+    return None if code == "client_closed_request" else code
+
+
+def _noted(scope: Scope, error: ApiError) -> ApiError:
+    """`error`, left in the scope's state for who called the application."""
+    scope["state"]["error_code"] = error.code
+    return error
+
+
 def _respond(request: Request, error: ApiError) -> Response:
-    made = answer(error, _identify(request.scope))
+    request_id = _identify(request.scope)
+    made = answer(_noted(request.scope, error), request_id)
     response = Response(made.body, made.status)
     response.raw_headers = made.headers
     return response

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xim_protocol.routes import ROUTES_BY_PATH
 from xim_router.http.answer import Answer, send_answer
-from xim_router.http.errors import ApiError, answer
+from xim_router.http.errors import ApiError, answer, answered_error
 from xim_router.http.hints import MODELS_PATH
 from xim_router.http.inference import Inference, RequestIds, identify
 from xim_router.http.models import get_model, list_models
@@ -25,12 +25,19 @@ class Front:
     """See the module's docstring."""
 
     def __init__(
-        self, inference: Inference, broker: Broker, control: ASGIApp, readiness: Callable[[], Readiness]
+        self,
+        inference: Inference,
+        broker: Broker,
+        control: ASGIApp,
+        readiness: Callable[[], Readiness],
+        refused: Callable[[str], None],
     ) -> None:
+        """`refused` is told the code of every error that is answered here and not by an exchange."""
         self._inference = inference
         self._broker = broker
         self._control = control
         self._readiness = readiness
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,9 +47,11 @@ class Front:
         try:
             await self._route(scope, receive, send, request_id)
         except ApiError as error:
+            self._refused(error.code)
             log.info("request refused", extra=_facts(scope, ids) | {"code": error.code})
             await _send_error(send, error, request_id, scope["method"])
         except Exception:
+            self._refused("internal_error")
             log.exception("request failed", extra=_facts(scope, ids))
             await _send_error(send, ApiError("internal_error"), request_id, scope["method"])
 
@@ -60,6 +69,9 @@ class Front:
         made = self._small_answer(scope, path, project, slug, request_id)
         if made is None:
             await self._control(scope, receive, send)
+            code = answered_error(scope)
+            if code is not None:
+                self._refused(code)
         else:
             await send_answer(send, made, head_only=scope["method"] == "HEAD")
 

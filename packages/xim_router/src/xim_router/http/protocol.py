@@ -10,6 +10,8 @@ on a connection that is reused, and none per chunk of an answer.
 
 import asyncio
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -53,6 +55,11 @@ class HttpProtocol(HttpToolsProtocol):
     """Bytes so far, and"""
     _received_before = 0
     """so many when the timer began to run."""
+
+    def __init__(self, *uvicorns: Any, refused: Callable[[str], None], **more: Any) -> None:
+        """`refused` is told the code of every error that is answered here."""
+        super().__init__(*uvicorns, **more)
+        self._refused = refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came, and owes a request."""
@@ -158,6 +165,7 @@ class HttpProtocol(HttpToolsProtocol):
         sent = next((value for name, value in self.headers or () if name == REQUEST_ID_HEADER), None)
         own, client = new_request_id(), client_request_id(sent)
         log.info("request refused", extra={"request": own, "client_request": client, "code": self._code})
+        self._refused(self._code)
         made = answer(ApiError(self._code), client or own)
         headers = [*made.headers, (b"connection", b"close")]
         head = b"".join(b"%b: %b\r\n" % header for header in headers)

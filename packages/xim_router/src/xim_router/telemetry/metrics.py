@@ -130,6 +130,7 @@ class RouterMetrics:
         self.registry = CollectorRegistry()
         self.hot = HotCounters()
         self.requests = self._counter(rows.REQUESTS)
+        self.requests_refused = self._counter(rows.REQUESTS_REFUSED)
         self.request_seconds = self._histogram(rows.REQUEST_SECONDS)
         self.ttft_seconds = self._histogram(rows.TTFT_SECONDS)
         self.queue_wait_seconds = self._histogram(rows.QUEUE_WAIT_SECONDS)
@@ -148,6 +149,10 @@ class RouterMetrics:
         self.registry.register(_LinkCollector(self))
         self.registry.register(_StateCollector(statistics, catalog, control_stale_s))
         ProcessCollector(registry=self.registry)
+
+    def refused(self, code: str) -> None:
+        """A request that no endpoint was given was answered with the error `code` of the one table."""
+        self.requests_refused.labels(code).inc()
 
     def _counter(self, row: Row) -> Counter:
         return Counter(row.name, row.help, row.labels, registry=self.registry)

@@ -54,6 +54,11 @@ REQUESTS = _counter(
     "endpoint",
     "code",
 )
+REQUESTS_REFUSED = _counter(
+    "xim_router_requests_refused_total",
+    "Requests that no endpoint was given, enrollments among them, by the code of the error that they were answered.",
+    "code",
+)
 REQUEST_SECONDS = _histogram(
     "xim_router_request_seconds", "Time from a request's first byte to its end.", _REQUEST_S, "project", "endpoint"
 )
@@ -126,6 +131,7 @@ CONTROL_STALE_SECONDS = _gauge(
 
 ROWS: tuple[Row, ...] = (
     REQUESTS,
+    REQUESTS_REFUSED,
     REQUEST_SECONDS,
     TTFT_SECONDS,
     QUEUE_WAIT_SECONDS,
