@@ -9,8 +9,8 @@ from xim_router.settings import (
     declared,
     load_settings,
     shown_values,
-    unknown_variables,
 )
+from xim_router.settings_check import unknown_variables
 from xim_router.settings_types import LogLevel, SettingsInvalid
 
 

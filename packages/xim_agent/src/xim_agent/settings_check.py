@@ -26,6 +26,10 @@ GONE = {
 ELSEWHERE = frozenset({f"{PREFIX}BIN"})
 """Variables with the agent's prefix that start scripts read."""
 
+FAMILY = "XEROTIER_"
+NEAR = 0.87
+"""How alike a misspelt prefix is to the right one: two slips of 15 characters. `XERO_AGENT_` is another word."""
+
 _RULES = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -78,6 +82,7 @@ def warnings(variables: Mapping[str, str] | None = None) -> list[str]:
     """What in `variables` (the environment) has no effect, a sentence each; no value of a secret is in them."""
     variables = environment() if variables is None else variables
     given = {name: value for name, value in variables.items() if value}
+    of_services = _of_services(given)
     found = [f"{name} is gone. {remedy}" for name, remedy in GONE.items() if name in given]
     known = _fields_by_variable()
     for name in sorted(given):
@@ -86,15 +91,35 @@ def warnings(variables: Mapping[str, str] | None = None) -> list[str]:
             found.append(f"{name}={given[name]!r} is ignored: it takes exactly 0, 1, true or false; {default} holds.")
         elif name in known and known[name] in NOT_YET_EFFECTIVE:
             found.append(f"{name} has no effect in this version: {NOT_YET_EFFECTIVE[known[name]]}.")
-        elif name.startswith(PREFIX) and name not in known and name not in ELSEWHERE:
-            found.append(f"{name} is not a setting; the nearest one is {_nearest(name, known)}.")
+        elif name not in known and name not in ELSEWHERE and name not in of_services:
+            meant = _nearest(name, known) if name.startswith(PREFIX) else _meant(name.upper(), known)
+            found += [] if meant is None else [f"{name} is not a setting; the nearest one is {meant}."]
     return found
+
+
+def _of_services(names: Collection[str]) -> set[str]:
+    """Those that Kubernetes makes for services, such as one that is called xerotier-agent."""
+    services = [name.removesuffix("SERVICE_HOST") for name in names if name.endswith("_SERVICE_HOST")]
+    return {name for name in names for each in services if name.startswith((f"{each}SERVICE_", f"{each}PORT"))}
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
     """The known variable that `name` most likely means: one that only has words before it, else the most similar."""
     longer = [each for each in known if each.endswith("_" + name.removeprefix(PREFIX))]
     return min(longer, key=len) if longer else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def _meant(name: str, known: Collection[str]) -> str | None:
+    """The one that was meant where its prefix is misspelt or lacks the program; None where `name` is another's."""
+    rests = {variable.removeprefix(PREFIX): variable for variable in known if variable.startswith(PREFIX)}
+    for end in (at + 1 for at, character in enumerate(name) if character == "_"):
+        head, rest = name[:end], name[end:]
+        if head == FAMILY and rest in rests:
+            return rests[rest]
+        near = difflib.get_close_matches(rest, rests, n=1)
+        if near and difflib.get_close_matches(head, [PREFIX], cutoff=NEAR):
+            return rests[near[0]]
+    return None
 
 
 def advice(settings: AgentSettings) -> list[str]:

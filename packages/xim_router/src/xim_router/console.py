@@ -13,7 +13,8 @@ import click
 from xim_router.control.accounts import Accounts
 from xim_router.control.errors import ControlError
 from xim_router.control.opening import open_storage
-from xim_router.settings import RouterSettings, load_settings, unknown_variables
+from xim_router.settings import RouterSettings, load_settings
+from xim_router.settings_check import unknown_variables
 from xim_router.settings_types import SettingsInvalid
 
 _Result = TypeVar("_Result")

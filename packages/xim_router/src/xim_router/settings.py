@@ -4,9 +4,9 @@ A field is the default, the parser, the line in `serve --help` and the row of th
 counts as unset. Every wrong value is reported at once, in one message.
 """
 
-import difflib
 import os
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -351,13 +351,9 @@ def shown_values(settings: RouterSettings) -> dict[str, tuple[str, str]]:
     return shown
 
 
-def unknown_variables() -> dict[str, str | None]:
-    """Variables of this process that look like the router's and are none, each with the nearest known one."""
-    # Compared without what all of them begin with, or everything would be near to everything.
-    known = {setting.variable.removeprefix(PREFIX): setting.variable for setting in declared()}
-    unknown = sorted(v for v in os.environ if v.startswith((PREFIX, "XEROTIER_SINGLE_")) and v not in known.values())
-    near = {v: difflib.get_close_matches(v.removeprefix(PREFIX), known, n=1) for v in unknown}
-    return {variable: known[found[0]] if found else None for variable, found in near.items()}
+def environment() -> Mapping[str, str]:
+    """The process's variables, for the check of their names."""
+    return os.environ
 
 
 def _setting(name: str, info: FieldInfo) -> Setting:
