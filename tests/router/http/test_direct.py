@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from tests.support.programs import PATIENCE_S
+from tests.support.programs import PATIENCE_S, eventually
 from xim_router.app import _Server
 from xim_router.http.direct import ChunkWriter, NoDirectWay, UvicornWriter, chunk_writer
 
@@ -31,7 +31,8 @@ async def server(answerer: Answerer) -> AsyncIterator[int]:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(running.serve(sockets=[listener]))
         yield listener.getsockname()[1]
-        running.should_exit = running.force_exit = True
+        running.force_exit = True
+        running.stop()
 
 
 async def fetch(port: int, request: bytes) -> bytes:
@@ -63,6 +64,21 @@ async def test_chunks_written_directly_and_by_send_are_one_chunked_body() -> Non
     async with server(answer) as port:
         body = (await fetch(port, GET)).partition(b"\r\n\r\n")[2]
     assert body == b"6\r\nfirst \r\n7\r\nsecond \r\n12c\r\n" + b"x" * 300 + b"\r\n0\r\n\r\n"
+
+
+async def test_the_date_of_answers_goes_on() -> None:
+    async def date() -> bytes:
+        head = (await fetch(port, GET)).partition(b"\r\n\r\n")[0]
+        (found,) = [line for line in head.split(b"\r\n") if line.startswith(b"date: ")]
+        return found
+
+    async with server(lambda _writer, send: finish(send)) as port:
+        first = await date()
+
+        async def moved() -> bool:
+            return await date() != first
+
+        await eventually(moved, what="another second")
 
 
 async def test_a_response_that_is_not_chunked_goes_through_send() -> None:

@@ -142,7 +142,8 @@ class Rig:
                 await self.idle()
         finally:
             self.broker.shut()
-            self._server.should_exit = self._server.force_exit = True
+            self._server.force_exit = True
+            self._server.stop()
             assert self._serving is not None
             await self._serving
             self.transport.close()

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 LEAVE_S = 2.0
 """How long the database gets to hear that this router leaves the mesh; else its lease says so."""
+DATE_S = 1.0
+"""The `Date` of an answer is at most so old."""
 TELL_S = 0.25
 """How long clients and agents get to take the news that this router ends."""
 
@@ -189,7 +191,7 @@ class Router:
         for server in servers:
             # Where several processes share the port, the others get what comes from here on.
             server.stop_listening()
-            server.should_exit = True
+            server.stop()
         broker.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
@@ -223,7 +225,23 @@ class Router:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: this process has one place for them."""
+    """uvicorn without its own signal handlers, for which this process has one place, and without ten looks a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End the connections in order, and then `serve`."""
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        """Once a second, for the date in the header of answers, until `stop`."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DATE_S):
+                    await self._stopping.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

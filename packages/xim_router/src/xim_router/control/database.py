@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from xim_router.control import migrations
 from xim_router.control.errors import DatabaseUnavailable, DatabaseUnreadable, SchemaNotCurrent, unusable
+from xim_router.control.notifications import Notifications
 
 # Another process holds SQLite's one write lock for milliseconds; ten seconds of it mean that something is wrong.
 _SQLITE_BUSY_TIMEOUT_S = 10
@@ -43,7 +44,8 @@ class Database:
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self._path = Path(parsed.database or "") if self.is_sqlite else None
         self._engine = _sqlite_engine(url) if self.is_sqlite else _postgres_engine(url)
-        self._kept: AsyncConnection | None = None
+        self.notifications = None if self.is_sqlite else Notifications(self._engine)
+        """Of changes; SQLite has none."""
 
     @classmethod
     async def open(cls, url: str) -> Self:
@@ -63,7 +65,8 @@ class Database:
 
     async def close(self) -> None:
         """Give every connection back."""
-        await self._let_go()
+        if self.notifications is not None:
+            await self.notifications.close()
         await self._engine.dispose()
 
     @asynccontextmanager
@@ -78,33 +81,13 @@ class Database:
     async def value(self, query: Select[Any]) -> Any:
         """The one value of a query that is asked often; one caller at a time.
 
-        On PostgreSQL it has a connection of its own and no transaction, which is a quarter of the work.
+        On PostgreSQL it goes over the connection that listens.
         """
-        if self.is_sqlite:
+        if self.notifications is None:
             async with self.read() as connection:
                 return (await connection.execute(query)).scalar_one()
         async with _translated(self._path):
-            if self._kept is not None:
-                try:
-                    return (await self._kept.execute(query)).scalar_one()
-                except TimeoutError:
-                    await self._let_go()
-                    raise
-                except (DBAPIError, OSError):
-                    # A server that was restarted, or a proxy that closed an idle connection, is no server that is away.
-                    await self._let_go()
-            self._kept = await self._engine.execution_options(isolation_level="AUTOCOMMIT").connect()
-            try:
-                return (await self._kept.execute(query)).scalar_one()
-            except BaseException:
-                await self._let_go()
-                raise
-
-    async def _let_go(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            await kept.invalidate()
-            await kept.close()
+            return await self.notifications.value(query)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:

@@ -25,7 +25,7 @@ from xim_router.control.errors import DatabaseUnavailable
 from xim_router.control.keys import CurveKeypair, RouterKeys, load_curve_keypair
 from xim_router.control.membership import RENEW_S, MemberConflict, Membership, mesh_of
 from xim_router.control.opening import open_storage
-from xim_router.control.publisher import Publisher
+from xim_router.control.publisher import POLL_INTERVAL_S, Publisher
 from xim_router.control.routes.enroll import enroll_routes
 from xim_router.control.store import Store
 from xim_router.dispatch.catalog import Catalog
@@ -35,9 +35,8 @@ from xim_router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 0.25
 SEEN_INTERVAL_S = 1.0
-"""How often what was seen is written, if anything was."""
+"""How long the first report waits for more before they are written."""
 _SEEN_BOUND = 10_000
 
 _Part = TypeVar("_Part")
@@ -69,6 +68,7 @@ class ControlPlane:
         self._membership: Membership | None = None
         self._opened = AsyncExitStack()
         self._seen: dict[AgentId, AgentSeen] = {}
+        self._reported = asyncio.Event()
         self._curve: CurveKeypair | None = None
         self._keys: RouterKeys | None = None
         self._store: Store | None = None
@@ -128,18 +128,25 @@ class ControlPlane:
 
     async def run(self) -> None:
         """Publish changes, write down who was seen and stay a member, until cancelled."""
-        publisher = _started(self._publisher)
-        write_at = self._monotonic() + SEEN_INTERVAL_S
-        renew_at = self._monotonic() + RENEW_S
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_published())
+            tasks.create_task(self._keep_written())
+            tasks.create_task(self._keep_renewed())
+
+    async def _keep_published(self) -> None:
         while True:
-            await asyncio.sleep(POLL_INTERVAL_S)
-            await publisher.poll()
-            if self._monotonic() >= write_at:
-                await self.write_seen()
-                write_at = self._monotonic() + SEEN_INTERVAL_S
-            if self._monotonic() >= renew_at:
-                await self.renew()
-                renew_at = self._monotonic() + RENEW_S
+            await _started(self._publisher).turn()
+
+    async def _keep_written(self) -> None:
+        while True:
+            await self._reported.wait()
+            await asyncio.sleep(SEEN_INTERVAL_S)
+            await self.write_seen()
+
+    async def _keep_renewed(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self.renew()
 
     async def close(self) -> None:
         """Leave the mesh, write what was seen last and give the database back."""
@@ -172,12 +179,14 @@ class ControlPlane:
         """Note a sign of life or a departure; the latest one per agent is written within seconds, and may be lost."""
         if seen.agent in self._seen or len(self._seen) < _SEEN_BOUND:
             self._seen[seen.agent] = seen
+            self._reported.set()
 
     async def write_seen(self) -> None:
         """Write the reports that wait; where the database is away they wait on."""
         if not self._seen:
             return
         reports, self._seen = self._seen, {}
+        self._reported.clear()
         with contextlib.suppress(DatabaseUnavailable):
             try:
                 async with _started(self._store).record() as transaction:
@@ -185,6 +194,7 @@ class ControlPlane:
             except BaseException:
                 # Cancelled at the router's end too, which writes once more; newer reports that came meanwhile stay.
                 self._seen = reports | self._seen
+                self._reported.set()
                 raise
 
     async def poll(self) -> None:

@@ -1,7 +1,8 @@
 """From the database to the data plane: builds the `Catalog` and hands over a whole new one whenever it changed.
 
-Every change raises one counter in its own transaction, and the counter is what is polled, so a change made by the
-command line in another process takes effect at once. While the database is away the last catalog stays.
+Every change raises one counter in its own transaction, so a change made by the command line in another process takes
+effect at once: PostgreSQL tells of it, SQLite is asked four times a second. While the database is away the last catalog
+stays.
 """
 
 import asyncio
@@ -20,14 +21,19 @@ log = logging.getLogger(__name__)
 
 DEAD_AFTER_S = 24 * 3600.0
 """An agent not seen for so long is dead: no request waits for it any more."""
+POLL_INTERVAL_S = 0.25
+"""How often the database is asked that tells of no change by itself, and how long a told change waits for the next."""
 ASK_S = 2.0
-"""A query at least this often, even where the database's files say that nothing was committed."""
+"""A query at least this often, even where nothing was told and the database's files say that nothing was committed.
+
+It confirms the catalog, well within what `/readyz` calls fresh, and bounds what a notification that was lost costs.
+"""
 REBUILD_S = 300.0
 """How often the catalog is built anew without a change: agents die by time alone."""
 
 
 class Publisher:
-    """Publishes the database's current catalog; `poll` is its whole life."""
+    """Publishes the database's current catalog; one `turn` after the other is its whole life."""
 
     def __init__(
         self,
@@ -79,6 +85,17 @@ class Publisher:
                 self._published_at = asked_at
             self._confirmed_at = self._asked_at = asked_at
             self._mark = mark
+
+    async def turn(self) -> None:
+        """Wait until the database should be looked at, and `poll`."""
+        hears, published = self._store.hears_of_changes, self._published
+        told = await self._store.change_told(ASK_S if hears else POLL_INTERVAL_S)
+        await self.poll()
+        if told:
+            # Many changes in a row make few catalogs.
+            await asyncio.sleep(POLL_INTERVAL_S)
+        elif hears and self._published != published:
+            self._store.not_told()
 
     async def poll(self) -> None:
         """As `load`, but a database that is away is logged, once, and leaves the last catalog in place."""

@@ -5,6 +5,7 @@ it, in the same transaction, so that every router learns of the change; `Store.r
 need not know.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -278,10 +279,28 @@ class Store:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._notifications = database.notifications
 
     def change_mark(self) -> object | None:
         """As `Database.change_mark`."""
         return self._database.change_mark()
+
+    @property
+    def hears_of_changes(self) -> bool:
+        """The database tells of every change at once; where it does not, only asking helps."""
+        return self._notifications is not None and self._notifications.arrive
+
+    async def change_told(self, within_s: float) -> bool:
+        """Return when the database tells of a change, or is lost, or else after `within_s` seconds with False."""
+        if self._notifications is None:
+            await asyncio.sleep(within_s)
+            return False
+        return await self._notifications.wait(within_s)
+
+    def not_told(self) -> None:
+        """A change was found that the database did not tell of."""
+        if self._notifications is not None:
+            self._notifications.doubt()
 
     async def version(self) -> int:
         """The catalog's version, as routers poll it; one caller at a time.

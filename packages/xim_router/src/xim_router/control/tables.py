@@ -31,7 +31,7 @@ installation = Table(
     "installation",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    # Rises with every change that the data plane must learn of; routers poll it.
+    # Rises with every change that the data plane must learn of; revision 0003 has PostgreSQL tell of it.
     Column("catalog_version", BigInteger, nullable=False),
     # Proves that a router holds the secret key the hashes were made with.
     Column("canary", LargeBinary, nullable=True),

@@ -21,7 +21,7 @@ from xim_router.http.errors import ApiError, answer, new_request_id
 from xim_router.http.request import header
 
 FRESH_S = 5.0
-"""A catalog that the database confirmed not longer ago is called fresh: the publisher asks several times a second."""
+"""A catalog that the database confirmed not longer ago is called fresh: the publisher asks every two seconds."""
 
 
 class ReadyStatus(StrEnum):
