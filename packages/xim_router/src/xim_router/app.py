@@ -14,11 +14,13 @@ import ssl
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import click
 import uvicorn
 import uvloop
 import zmq
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from xim_router.control.errors import ControlError
@@ -47,6 +49,8 @@ DATE_S = 1.0
 """The `Date` of an answer is at most so old."""
 TELL_S = 0.25
 """How long clients and agents get to take the news that this router ends."""
+METRICS_CONNECTIONS = 32
+"""A scraper needs one; beyond these a newcomer ends the oldest, so that idle ones never keep a scraper away."""
 
 
 def serve(settings: RouterSettings, worker: int | None = None) -> None:
@@ -166,7 +170,7 @@ class Router:
         if not settings.disable_metrics:
             variables = "XEROTIER_ROUTER_METRICS_HOST", "XEROTIER_ROUTER_METRICS_PORT"
             listener = listen(settings.metrics_host, settings.metrics_port, *variables)
-            servers.append((_Server(_config(MetricsApp(metrics.registry))), listener))
+            servers.append((_Server(_metrics_config(metrics.registry)), listener))
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self._on_signal)
         if shared:
@@ -261,11 +265,6 @@ class _Server(uvicorn.Server):
             server.close()
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
-    # No access log: the broker writes one line per request, at its end.
-    return uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False, loop="none")
-
-
 def _tls(settings: RouterSettings) -> ssl.SSLContext | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
@@ -273,20 +272,35 @@ def _tls(settings: RouterSettings) -> ssl.SSLContext | None:
 
 
 def _http_config(front: ASGIApp, refused: Callable[[str], None], tls: ssl.SSLContext | None = None) -> uvicorn.Config:
-    return uvicorn.Config(
+    return _config(
         front,
-        http=partial(HttpProtocol, refused=refused),  # type: ignore[arg-type]  # uvicorn calls it, and no more
+        partial(HttpProtocol, refused=refused),
+        # Longer than the usual idle timeout of a proxy in front, so that it is never we who close a reused connection.
+        timeout_keep_alive=75,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
+    )
+
+
+def _metrics_config(registry: CollectorRegistry) -> uvicorn.Config:
+    # What waits to be accepted is accepted at once, before any of it is ended.
+    few = partial(HttpProtocol, most_connections=METRICS_CONNECTIONS)
+    return _config(MetricsApp(registry), few, backlog=METRICS_CONNECTIONS)
+
+
+def _config(app: ASGIApp, protocol: Callable[..., HttpProtocol], **more: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=protocol,  # type: ignore[arg-type]  # uvicorn calls it, and no more
         ws="none",
         loop="none",
         lifespan="off",
         log_config=None,
+        # The broker writes one line per request, at its end.
         access_log=False,
         server_header=False,
         # Nothing here asks for the client's address or scheme, so nobody need be believed about them.
         proxy_headers=False,
-        # Longer than the usual idle timeout of a proxy in front, so that it is never we who close a reused connection.
-        timeout_keep_alive=75,
-        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
+        **more,
     )
 
 

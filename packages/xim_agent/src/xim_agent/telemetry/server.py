@@ -1,8 +1,10 @@
 """Serves the agent's metrics, and the engine's after them, on a listener of their own.
 
-It answers from the first moment: while no engine runs, the agent's own metrics are all there is.
+It answers from the first moment: while no engine runs, the agent's own metrics are all there is. Nobody needs a key
+here, so what a connection may take is bounded: aiohttp's own limits of a head, a time for it, and their number.
 """
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,6 +13,10 @@ from aiohttp import web
 
 from xim_agent.telemetry.metrics import AgentMetrics
 
+MOST_CONNECTIONS = 32
+"""A scraper needs one; beyond these a newcomer ends the oldest, so that idle ones never keep a scraper away."""
+IDLE_S = 60.0
+"""A connection that has no whole request head for so long is closed."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -26,6 +32,17 @@ class MetricsPortTaken(Exception):
         super().__init__(f"{self.message}. {self.remedy}")
 
 
+class _FewConnections(web.Server):
+    """A server of at most `MOST_CONNECTIONS` connections."""
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        """A connection more, and the oldest ones fewer."""
+        super().connection_made(handler, transport)
+        open_ones = [each.transport for each in self.connections if each.transport is not None]
+        for oldest in open_ones[:-MOST_CONNECTIONS]:
+            oldest.abort()
+
+
 @asynccontextmanager
 async def metrics_server(
     host: str, port: int, metrics: AgentMetrics, engine_metrics: Callable[[], Awaitable[bytes]]
@@ -38,13 +55,17 @@ async def metrics_server(
         MetricsPortTaken: nobody can listen there.
     """
 
-    async def answer(request: web.Request) -> web.Response:
+    async def answer(request: web.BaseRequest) -> web.Response:
+        if request.path != "/metrics":
+            raise web.HTTPNotFound(text="Metrics are at /metrics.\n")
+        if request.method not in ("GET", "HEAD"):
+            raise web.HTTPMethodNotAllowed(request.method, ("GET", "HEAD"))
         engine = await engine_metrics()
         return web.Response(body=metrics.text() + engine, headers={"Content-Type": CONTENT_TYPE})
 
-    app = web.Application()
-    app.router.add_get("/metrics", answer)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    # A scrape that is given up gives up its question to the engine too.
+    server = _FewConnections(answer, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S)
+    runner = web.ServerRunner(server, shutdown_timeout=1.0)
     await runner.setup()
     try:
         try:

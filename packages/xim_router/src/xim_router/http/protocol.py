@@ -9,7 +9,9 @@ on a connection that is reused, and none per chunk of an answer.
 """
 
 import asyncio
+import itertools
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +32,10 @@ LEAST_BODY_BYTES = 16 * 1024
 _BETWEEN_BYTES = len(b": \r\n")
 LINGER_S = 2.0
 """How long a client may go on sending after it was told that its request is none."""
+
+
+_NUMBERS = itertools.count()
+"""Of connections, in the order in which they were made."""
 
 
 class _HeadTooLarge(Exception):
@@ -56,15 +62,30 @@ class HttpProtocol(HttpToolsProtocol):
     _received_before = 0
     """so many when the timer began to run."""
 
-    def __init__(self, *uvicorns: Any, refused: Callable[[str], None], **more: Any) -> None:
-        """`refused` is told the code of every error that is answered here."""
+    def __init__(
+        self,
+        *uvicorns: Any,
+        refused: Callable[[str], None] = lambda _code: None,
+        most_connections: int | None = None,
+        **more: Any,
+    ) -> None:
+        """`refused` is told the code of every error that is answered here.
+
+        With `most_connections` a newcomer ends the oldest of the listener's connections that are too many.
+        """
         super().__init__(*uvicorns, **more)
         self._refused = refused
+        self._most_connections = most_connections
+        self._number = next(_NUMBERS)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came, and owes a request."""
         super().connection_made(transport)
         self._wait()
+        if self._most_connections is not None:
+            by_age = sorted(self.connections, key=operator.attrgetter("_number"))
+            for oldest in by_age[: -self._most_connections]:
+                oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
