@@ -33,13 +33,13 @@ class Written:
             congested=lambda: self.full,
         )
 
-    def stream(self) -> StreamId:
+    def stream(self, content_type: str = "text/event-stream") -> StreamId:
         """A stream whose response has started."""
         self.wire.submit("r")
         self.wire.settle()
         event = self.wire.agent_events[-1]
         assert isinstance(event, RequestReceived)
-        self.writer.start_response(event.submit.stream, 200, "text/event-stream")
+        self.writer.start_response(event.submit.stream, 200, content_type)
         return event.submit.stream
 
     def _send(self, messages: list[tuple[Channel, Frames]]) -> None:
@@ -70,6 +70,36 @@ async def test_the_first_bytes_leave_with_this_turn_of_the_loop_and_later_ones_w
     await written.writer.write(stream, b"second")
     await one_turn()
     assert len(written.batches) == 1
+    written.writer.flush()
+    assert written.batches[1:] == [[EntryKind.CHUNK]]
+
+
+async def test_the_end_of_an_event_stream_waits_like_a_chunk() -> None:
+    written = Written()
+    stream = written.stream()
+    await written.writer.write(stream, b"first")
+    await one_turn()
+    written.writer.end(stream, None)
+    await one_turn()
+    assert len(written.batches) == 1
+    written.writer.flush()
+    assert written.batches[1:] == [[EntryKind.END]]
+
+
+async def test_an_end_without_a_byte_leaves_at_once() -> None:
+    written = Written()
+    written.writer.end(written.stream(), None)
+    await one_turn()
+    assert written.batches == [[EntryKind.START, EntryKind.END]]
+
+
+async def test_any_other_answer_is_not_held_back_at_its_end() -> None:
+    # Its client has nothing of it before it is whole.
+    written = Written()
+    stream = written.stream("application/json")
+    await written.writer.write(stream, b"first")
+    await one_turn()
+    await written.writer.write(stream, b"second")
     written.writer.end(stream, None)
     await one_turn()
     assert written.batches[1:] == [[EntryKind.CHUNK, EntryKind.END]]
@@ -94,6 +124,7 @@ async def test_streams_that_begin_and_end_in_one_turn_share_its_message() -> Non
     await written.writer.write(beginning, b"first")
     written.writer.end(ending, None)
     await written.writer.write(going_on, b"third")
+    assert len(written.batches) == 1
     await one_turn()
     assert sorted(written.batches[1]) == sorted([EntryKind.START, EntryKind.CHUNK, EntryKind.CHUNK, EntryKind.END])
     assert len(written.batches) == 2

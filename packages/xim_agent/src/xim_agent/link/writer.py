@@ -1,9 +1,9 @@
 """Gathers what all streams of one router produce into few messages, and holds back who has no credit.
 
 A wake-up through ZeroMQ costs more than ten chunks, and an engine's API server writes the streams of one step one after
-the other; so chunks wait a moment for company. First bytes, ends and failures leave with this turn of the loop
-(docs/reference/wire-protocol.md, "Few messages"): a short answer is one message, and the burst of a step is not cut
-into as many as streams begin and end in it.
+the other; so chunks wait a moment for company, and so does the end of an event stream, which comes with the last of
+them: at once it would cut the burst of a step in two. First bytes, failures and other ends leave with this turn of the
+loop (docs/reference/wire-protocol.md, "Requests and responses"), so that a short answer is one message.
 """
 
 import asyncio
@@ -66,6 +66,8 @@ class StreamWriter:
         """What is armed is the end of this turn of the loop."""
         self._opening: set[StreamId] = set()
         """Started, without a first byte yet."""
+        self._event_streams: set[StreamId] = set()
+        """Whose end may wait like any chunk: its client has the bytes before it already, or gets them with it."""
         self._waiters: dict[StreamId, asyncio.Future[None]] = {}
         self._messages = 0
         self._entries = 0
@@ -91,6 +93,8 @@ class StreamWriter:
         """The engine answered; leaves with the first bytes, or the end."""
         self._session.start_response(stream, status, content_type)
         self._opening.add(stream)
+        if content_type.startswith("text/event-stream"):
+            self._event_streams.add(stream)
 
     def offer(self, stream: StreamId, payload: bytes) -> bytes | None:
         """Hand over what there is credit for now; returns what is left over, None when nothing is.
@@ -130,15 +134,19 @@ class StreamWriter:
     def end(self, stream: StreamId, usage: Usage | None) -> None:
         """The response is whole."""
         self._session.end(stream, usage)
-        self._opening.discard(stream)
-        self._hurry()
+        patient = stream in self._event_streams and stream not in self._opening
+        self._forget(stream)
+        if patient:
+            self._wait_for_company()
+        else:
+            self._hurry()
 
     def fail(
         self, stream: StreamId, code: FailCode, message: str, *, retryable: bool, usage: Usage | None = None
     ) -> None:
         """The stream ends without a whole response."""
         self._session.fail(stream, code, message, retryable=retryable, usage=usage)
-        self._opening.discard(stream)
+        self._forget(stream)
         self._hurry()
 
     def announce_slots(self, free: int) -> bool:
@@ -161,7 +169,7 @@ class StreamWriter:
 
     def gone(self, stream: StreamId) -> None:
         """The stream was cancelled, stalled or aborted."""
-        self._opening.discard(stream)
+        self._forget(stream)
         self._wake(stream)
 
     def linked(self) -> None:
@@ -208,11 +216,16 @@ class StreamWriter:
             self._hurry()
         elif self._waiting_bytes >= FULL_BYTES:
             self.flush()
-        elif self._armed is None:
-            if self._coalesce_s > 0:
-                self._armed = self._loop.call_later(self._coalesce_s, self.flush)
-            else:
-                self._hurry()
+        else:
+            self._wait_for_company()
+
+    def _wait_for_company(self) -> None:
+        if self._armed is not None:
+            return
+        if self._coalesce_s > 0:
+            self._armed = self._loop.call_later(self._coalesce_s, self.flush)
+        else:
+            self._hurry()
 
     def _hurry(self) -> None:
         """Flush once this turn of the loop has brought what it brings."""
@@ -226,6 +239,10 @@ class StreamWriter:
             self._armed.cancel()
             self._armed = None
             self._hurried = False
+
+    def _forget(self, stream: StreamId) -> None:
+        self._opening.discard(stream)
+        self._event_streams.discard(stream)
 
     def _count(self, entries: int, messages: int) -> None:
         self._messages += messages
