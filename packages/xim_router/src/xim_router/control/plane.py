@@ -71,6 +71,8 @@ class ControlPlane:
         self._reported = asyncio.Event()
         self._curve: CurveKeypair | None = None
         self._keys: RouterKeys | None = None
+        self._keyed_hash: hmac.HMAC | None = None
+        """Of API keys, with nothing in it yet."""
         self._store: Store | None = None
         self._publisher: Publisher | None = None
 
@@ -84,6 +86,7 @@ class ControlPlane:
         try:
             self._curve = await asyncio.to_thread(load_curve_keypair, self._settings, self._member)
             self._keys, self._store = storage.keys, storage.store
+            self._keyed_hash = hmac.new(storage.keys.api_keys, digestmod="sha256")
             self._publisher = Publisher(self._store, self._hand_over, clock=self._clock, monotonic=self._monotonic)
             await self._publisher.load()
         except BaseException:
@@ -172,8 +175,11 @@ class ControlPlane:
 
     def api_key_hash(self, secret: str) -> bytes:
         """What stands for the API key `secret` in `Catalog.principals`: 32 bytes, about a microsecond."""
+        # A copy of one that has its key already: OpenSSL looks for its algorithm each time that one is made.
+        keyed = _started(self._keyed_hash).copy()
         # A text that cannot be encoded is a wrong key, not an error.
-        return hmac.digest(_started(self._keys).api_keys, secret.encode("utf-8", "surrogatepass"), "sha256")
+        keyed.update(secret.encode("utf-8", "surrogatepass"))
+        return keyed.digest()
 
     def report_seen(self, seen: AgentSeen) -> None:
         """Note a sign of life or a departure; the latest one per agent is written within seconds, and may be lost."""

@@ -51,6 +51,8 @@ class HttpProtocol(HttpToolsProtocol):
     """A head began in the bytes that are parsed now."""
     _head_bytes = 0
     """Of an unfinished head, without the piece that it began in."""
+    _piece_bytes = 0
+    """Of what is parsed now."""
     _told = False
     """The connection is past saving: what still comes is dropped."""
     _code = "invalid_request"
@@ -96,7 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Bytes of the client."""
         if self._told:
             return
-        heading, self._began = self._heading, False
+        heading, self._began, self._piece_bytes = self._heading, False, len(data)
         super().data_received(data)
         if self._heading and not self._told:
             # A piece may hold the end of a body too, so of the one in which the head began nothing is counted.
@@ -118,8 +120,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._heading = False
         # The body, or the next head, has its own time.
         self._wait_no_more()
-        headers_bytes = sum(len(name) + len(value) + _BETWEEN_BYTES for name, value in self.headers)
-        too_large = self._too_large(len(self.url) + headers_bytes)
+        too_large = self._too_large(self._whole_head_bytes())
         if too_large is not None:
             self._code = too_large
             raise _HeadTooLarge(too_large)
@@ -169,6 +170,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("")
         else:
             self.transport.close()
+
+    def _whole_head_bytes(self) -> int:
+        """Of the head that is whole now; a small one is not measured but taken for as much as came with it."""
+        if self._began and self._piece_bytes <= MAX_HEAD_BYTES:
+            return self._piece_bytes
+        return len(self.url) + sum(len(name) + len(value) + _BETWEEN_BYTES for name, value in self.headers)
 
     def _check(self, head_bytes: int) -> None:
         too_large = self._too_large(head_bytes)
