@@ -1,10 +1,12 @@
 """The direct way past uvicorn's `send`, against a real uvicorn: the bytes on the wire, and when it is not taken."""
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
@@ -16,17 +18,20 @@ Answerer = Callable[[ChunkWriter, Send], Awaitable[None]]
 
 
 @asynccontextmanager
-async def server(answerer: Answerer) -> AsyncIterator[int]:
-    """A uvicorn whose application starts a response and leaves the rest to `answerer`; gives the port."""
+async def server(answerer: Answerer, *, started: bool = True) -> AsyncIterator[int]:
+    """A uvicorn whose application starts a response and leaves the rest, or all, to `answerer`; gives the port."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if started:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
         await answerer(chunk_writer(send), send)
         while (await receive())["type"] != "http.disconnect":
             pass
 
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="httptools", lifespan="off", log_config=None, proxy_headers=False)
+    config = uvicorn.Config(
+        app, http="httptools", lifespan="off", log_config=None, access_log=False, proxy_headers=False
+    )
     running = _Server(config)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(running.serve(sockets=[listener]))
@@ -44,6 +49,12 @@ async def fetch(port: int, request: bytes) -> bytes:
     writer.close()
     await writer.wait_closed()
     return answer
+
+
+async def answers(answerer: Answerer, request: bytes) -> bytes:
+    """What a server says to `request` whose responses `answerer` makes from their start; without its clock."""
+    async with server(answerer, started=False) as port:
+        return re.sub(rb"date: [^\r]*", b"date: now", await fetch(port, request))
 
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
@@ -79,6 +90,55 @@ async def test_the_date_of_answers_goes_on() -> None:
             return await date() != first
 
         await eventually(moved, what="another second")
+
+
+HEADERS = [(b"content-type", b"text/event-stream"), (b"x-request-id", b"req_1")]
+PIPELINED = b"POST /1 HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("request_bytes", [GET, PIPELINED + GET, GET.replace(b"HTTP/1.1", b"HTTP/1.0")])
+@pytest.mark.parametrize("last", [b"", b"last"])
+async def test_begin_and_finish_write_what_send_writes(request_bytes: bytes, last: bytes) -> None:
+    async def direct(writer: ChunkWriter, send: Send) -> None:
+        assert writer.begin(200, HEADERS, b"first")
+        assert writer.finish(last)
+
+    async def by_send(writer: ChunkWriter, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await finish(send, last)
+
+    assert await answers(direct, request_bytes) == await answers(by_send, request_bytes)
+
+
+@pytest.mark.parametrize("request_bytes", [GET, PIPELINED + GET])
+@pytest.mark.parametrize("body", [b"", b"{}"])
+async def test_a_whole_answer_is_what_send_writes(request_bytes: bytes, body: bytes) -> None:
+    headers = [*HEADERS, (b"content-length", str(len(body)).encode())]
+
+    async def direct(writer: ChunkWriter, send: Send) -> None:
+        assert writer.whole(422, headers, body)
+
+    async def by_send(writer: ChunkWriter, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 422, "headers": headers})
+        await finish(send, body)
+
+    assert await answers(direct, request_bytes) == await answers(by_send, request_bytes)
+
+
+async def test_what_has_no_body_goes_through_send() -> None:
+    async def answer(writer: ChunkWriter, send: Send) -> None:
+        taken.append(writer.begin(204, [], b"x"))
+        taken.append(writer.finish(b""))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await finish(send)
+        taken.append(writer.begin(200, [], b"late"))
+        taken.append(writer.whole(200, [], b"late"))
+
+    taken: list[bool] = []
+    assert b"late" not in await answers(answer, GET)
+    assert b"x" not in await answers(answer, GET.replace(b"GET", b"HEAD"))
+    assert not any(taken)
 
 
 async def test_a_response_that_is_not_chunked_goes_through_send() -> None:
@@ -147,4 +207,7 @@ async def test_any_other_server_has_no_direct_way() -> None:
     writer = chunk_writer(send)
     assert isinstance(writer, NoDirectWay)
     assert not writer.write(b"x")
+    assert not writer.begin(200, [], b"x")
+    assert not writer.whole(200, [], b"x")
+    assert not writer.finish(b"x")
     writer.abort()

@@ -129,6 +129,16 @@ async def test_chunks_of_an_event_stream_leave_at_once_and_in_order() -> None:
         assert case.response.sent_bytes == case.received == case.credited
 
 
+@pytest.mark.parametrize("content_type", ["text/html\r\nset-cookie: a=b", "text/plain; charset=\u00e9", "a\x00b"])
+async def test_a_content_type_that_is_no_header_is_not_passed_on(content_type: str) -> None:
+    with closed(Case()) as case:
+        case.response.start(200, content_type)
+        case.put(b"{}")
+        assert case.response.end() is None
+        assert case.client.headers["content-type"] == "application/octet-stream"
+        assert case.client.body == b"{}"
+
+
 async def test_a_whole_body_leaves_at_its_end_with_its_length() -> None:
     with closed(Case()) as case:
         case.response.start(400, "application/json")

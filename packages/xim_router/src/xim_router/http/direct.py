@@ -1,22 +1,38 @@
-"""Writing a chunk of a response past uvicorn's `send`, straight to its transport.
+"""Writing a response past uvicorn's `send`, straight to its transport.
 
 Per chunk, uvicorn's `send` builds a dict, a coroutine and a list to arrive at one `transport.write`: a third of what
-the router spends on a relayed chunk (bench/README.md has the number). Only the body's chunks take this way, and only
-while nothing is unusual; head, end and everything slow go through `send`, which keeps the connection's state.
+the router spends on a relayed chunk; and it writes a head by itself, which costs a system call and wakes the client for
+nothing (bench/README.md has the numbers). This way is taken while nothing is unusual; everything slow goes through
+`send`. Both leave the same bytes and the same state of the connection.
 All knowledge of uvicorn's inside stands in this module, and `tests/router/http/test_direct.py` holds it.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from starlette.types import Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+Headers = Iterable[tuple[bytes, bytes]]
+"""Lower-case names, and values without line breaks: nobody looks at them again."""
+
+_BODYLESS = frozenset({204, 304})
 
 
 class ChunkWriter(Protocol):
-    """Takes body bytes at once, or says that it cannot."""
+    """Takes a response at once, or says that it cannot; what it did not take must go through `send`."""
+
+    def begin(self, status: int, headers: Headers, payload: bytes) -> bool:
+        """Write the head of a chunked response and `payload` (not empty) as its first chunk."""
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Write a whole response; `headers` have its length."""
 
     def write(self, payload: bytes) -> bool:
-        """Write `payload` (not empty) as one chunk; false when it must go through `send`."""
+        """Write `payload` (not empty) as one chunk."""
+
+    def finish(self, payload: bytes) -> bool:
+        """End a chunked response, with `payload` as its last chunk unless it is empty."""
 
     def waiting_bytes(self) -> int:
         """Bytes that were written and not yet taken by the kernel."""
@@ -34,6 +50,63 @@ class UvicornWriter:
         self._cycle = cycle
         self._flow = cycle.flow
         self._transport = cycle.transport
+
+    def begin(self, status: int, headers: Headers, payload: bytes) -> bool:
+        """Write head and first chunk with one call, unless `send` would do anything else than write them."""
+        cycle = self._cycle
+        if not self._may_begin() or status in _BODYLESS:
+            return False
+        head = self._head(status, headers, b"transfer-encoding: chunked\r\n")
+        cycle.chunked_encoding = True
+        self._transport.write(b"%b%x\r\n%b\r\n" % (head, len(payload), payload))
+        return True
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Write head and body with one call, unless `send` would do anything else than write them."""
+        if not self._may_begin():
+            return False
+        head = self._head(status, headers, b"")
+        self._cycle.chunked_encoding = False
+        self._transport.write(head + body)
+        self._complete()
+        return True
+
+    def _may_begin(self) -> bool:
+        cycle = self._cycle
+        return not (
+            self._flow.write_paused
+            or cycle.disconnected
+            or cycle.response_started
+            or cycle.access_log
+            or cycle.scope["method"] == "HEAD"
+        )
+
+    def _head(self, status: int, headers: Headers, framing: bytes) -> bytes:
+        cycle = self._cycle
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        return b"%b%b%b\r\n" % (STATUS_LINE[status], b"".join(lines), framing)
+
+    def finish(self, payload: bytes) -> bool:
+        """Write the end of a chunked body, and have uvicorn go on with the connection."""
+        cycle = self._cycle
+        if self._flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
+            return False
+        last = b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+        self._transport.write(last + b"0\r\n\r\n")
+        self._complete()
+        return True
+
+    def _complete(self) -> None:
+        cycle = self._cycle
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self._transport.close()
+        cycle.on_response()
 
     def write(self, payload: bytes) -> bool:
         """Write one chunk unless the client is slow or gone, or the response is not chunked (HTTP/1.0, HEAD)."""
@@ -57,6 +130,18 @@ class NoDirectWay:
     """For any other server: everything goes through `send`."""
 
     __slots__ = ()
+
+    def begin(self, status: int, headers: Headers, payload: bytes) -> bool:
+        """Never."""
+        return False
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Never."""
+        return False
+
+    def finish(self, payload: bytes) -> bool:
+        """Never."""
+        return False
 
     def write(self, payload: bytes) -> bool:
         """Never."""

@@ -29,6 +29,7 @@ from xim_router.http.request import (
     read_head,
 )
 from xim_router.http.response import HttpResponse, ResponseBuffers
+from xim_router.http.resumed import Resumed
 from xim_router.http.task_mode import check_task_mode
 from xim_router.link.broker import Broker
 from xim_router.link.exchange import Exchange
@@ -110,11 +111,7 @@ class Inference:
         principal = self.principal(scope)
         headers = scope["headers"]
         check_content_type(header(headers, b"content-type"))
-        try:
-            async with asyncio.timeout_at(received_at + self._limits.request_timeout_s):
-                body = await read_body(receive, self._limits.max_body_bytes, headers)
-        except TimeoutError:
-            raise ApiError("request_timeout", "The request body did not arrive in time.") from None
+        body = await self._body(receive, headers, received_at)
         if isinstance(body, Disconnected):
             return
         head = read_head(body)
@@ -154,6 +151,22 @@ class Inference:
             self._broker.close(exchange)
             sink.close()
             self.watch.leave(exchange)
+
+    async def _body(
+        self, receive: Receive, headers: list[tuple[bytes, bytes]], received_at: float
+    ) -> bytes | Disconnected:
+        reading = read_body(receive, self._limits.max_body_bytes, headers)
+        try:
+            # Nearly every body has come with its head.
+            future = reading.send(None)
+        except StopIteration as read:
+            body: bytes | Disconnected = read.value
+            return body
+        try:
+            async with asyncio.timeout_at(received_at + self._limits.request_timeout_s):
+                return await Resumed(reading, future)
+        except TimeoutError:
+            raise ApiError("request_timeout", "The request body did not arrive in time.") from None
 
     def _check_continuation(self, head: RequestHead, endpoint: Endpoint) -> None:
         """A stored response lives in one engine's memory: with several agents it cannot be found again."""

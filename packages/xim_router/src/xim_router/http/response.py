@@ -8,7 +8,7 @@ task takes over, what comes meanwhile waits in a bounded buffer, and the callbac
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from xim_router.dispatch.effects import Rejection
 from xim_router.http.direct import chunk_writer
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer
 from xim_router.http.rejections import error_of
+from xim_router.http.resumed import Resumed
 from xim_router.http.sse import PING, EventBoundary, error_event
 from xim_router.telemetry.metrics import HotCounters
 
@@ -104,7 +105,9 @@ class HttpResponse:
 
     def start(self, status: int, content_type: str) -> None:
         """Note status and type; nothing leaves before the first byte of the body, so that a retry stays possible."""
-        self._head = (status, content_type.encode("latin-1", "replace"))
+        # A line break in it would write headers of the agent's own.
+        fit = content_type.isascii() and content_type.isprintable()
+        self._head = (status, content_type.encode() if fit else b"application/octet-stream")
         self._event_stream = content_type.startswith("text/event-stream")
         if self._event_stream:
             self._boundary = EventBoundary(self._terminal)
@@ -117,8 +120,8 @@ class HttpResponse:
         self._silent = 0
         boundary.feed(payload)
         if not self.committed:
-            self._commit(None)
-        elif self._task is None and self._direct.write(payload):
+            return self._begin(payload)
+        if self._task is None and self._direct.write(payload):
             self.sent_bytes += len(payload)
             return len(payload)
         return self._give(payload)
@@ -134,9 +137,8 @@ class HttpResponse:
         body = b"".join(self._body)
         self._body.clear()
         self._release(len(body))
-        self._commit(None)
         # All but this payload was reported as consumed when it came.
-        return self._give(body, len(payload))
+        return self._begin(body, len(payload))
 
     def end(self) -> str | None:
         """The engine's body is whole: finish, unless an event stream lacks its terminal event."""
@@ -146,9 +148,9 @@ class HttpResponse:
             body = b"".join(self._body)
             self._body.clear()
             self._release(self._held)
-            self._commit(len(body))
             self.sent_bytes += len(body)
-            self._finish(body)
+            status, headers = self._head_of_answer()
+            self._whole(status, [*headers, (b"content-length", str(len(body)).encode())], body)
         else:
             self._finish(b"")
         return None
@@ -195,9 +197,10 @@ class HttpResponse:
         self._silent += 1
         if self._silent >= 2 and boundary.at_boundary:
             self._silent = 0
-            if not self.committed:
-                self._commit(None)
-            self._give(PING)
+            if self.committed:
+                self._give(PING)
+            else:
+                self._begin(PING)
 
     def abort(self) -> None:
         """Close the client's connection now, without flushing: it takes nothing, or must not take this for whole."""
@@ -226,20 +229,32 @@ class HttpResponse:
         """A whole error answer in place of the engine's."""
         self.reset()
         made = answer(error, self._request_id)
-        self.committed = True
-        self._offer({"type": "http.response.start", "status": made.status, "headers": made.headers}, 0)
-        self._finish(made.body)
+        self._whole(made.status, made.headers, made.body)
 
-    def _commit(self, length: int | None) -> None:
+    def _head_of_answer(self) -> tuple[int, list[tuple[bytes, bytes]]]:
         status, content_type = self._head or (200, b"application/json")
         headers = [(b"content-type", content_type), (REQUEST_ID_HEADER, self._request_id.encode())]
-        if length is not None:
-            headers.append((b"content-length", str(length).encode()))
         if self._event_stream:
             # Proxies in front must neither store nor gather an event stream.
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        return status, headers
+
+    def _begin(self, payload: bytes, size: int | None = None) -> int:
+        """The commit point of an answer whose length is not known: head and first bytes; returns as `_give`."""
+        status, headers = self._head_of_answer()
         self.committed = True
+        if self._direct.begin(status, headers, payload):
+            self.sent_bytes += len(payload)
+            return len(payload) if size is None else size
         self._offer({"type": "http.response.start", "status": status, "headers": headers}, 0)
+        return self._give(payload, size)
+
+    def _whole(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """The commit point and the end of an answer of known length."""
+        self.committed = self._ended = True
+        if not self._direct.whole(status, headers, body):
+            self._offer({"type": "http.response.start", "status": status, "headers": headers}, 0)
+            self._finish(body)
 
     def _give(self, payload: bytes, size: int | None = None) -> int:
         """Send body bytes, of which the last `size` (all) are still to be consumed; returns how many are now."""
@@ -257,7 +272,8 @@ class HttpResponse:
 
     def _finish(self, body: bytes) -> None:
         self._ended = True
-        self._offer({"type": "http.response.body", "body": body, "more_body": False}, len(body))
+        if self._task is not None or not self._direct.finish(body):
+            self._offer({"type": "http.response.body", "body": body, "more_body": False}, len(body))
 
     def _offer(self, message: Message, size: int) -> bool:
         """Drive `send` with one message; true when the server took it at once."""
@@ -276,7 +292,7 @@ class HttpResponse:
 
     async def _drain(self, coroutine: Coroutine[Any, Any, None], future: object, size: int) -> None:
         """Take over while the client is slow: finish the suspended `send`, then what gathered behind it."""
-        await _Resumed(coroutine, future)
+        await Resumed(coroutine, future)
         self._drained(size)
         while self._queue:
             message, size = self._next_held()
@@ -314,46 +330,5 @@ class HttpResponse:
         self._buffers.hot.buffered_bytes -= size
 
 
-class _Resumed:
-    """Awaits the rest of a coroutine that was started by hand and has yielded `future` already."""
-
-    __slots__ = ("_coroutine", "_future")
-
-    def __init__(self, coroutine: Coroutine[Any, Any, None], future: object) -> None:
-        self._coroutine, self._future = coroutine, future
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        future = self._future
-        while True:
-            try:
-                # The future was yielded with its blocking flag set, which nobody has taken note of yet: the task that
-                # awaits this sees it exactly as if it had driven the coroutine itself.
-                value = yield future
-            except BaseException as error:
-                step = _throw(self._coroutine, error)
-            else:
-                step = _advance(self._coroutine, value)
-            if step is _FINISHED:
-                return
-            future = step
-
-
 def _nobody(size: int) -> None:
     """Takes the place of who was told of consumed bytes."""
-
-
-_FINISHED = object()
-
-
-def _advance(coroutine: Coroutine[Any, Any, None], value: Any) -> object:
-    try:
-        return coroutine.send(value)
-    except StopIteration:
-        return _FINISHED
-
-
-def _throw(coroutine: Coroutine[Any, Any, None], error: BaseException) -> object:
-    try:
-        return coroutine.throw(error)
-    except StopIteration:
-        return _FINISHED
