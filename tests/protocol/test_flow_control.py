@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.wire import Wire, content
+from xim_protocol.agent_session import Link
 from xim_protocol.codec import encode
 from xim_protocol.errors import CreditExceeded
 from xim_protocol.events import StreamFailed
@@ -297,6 +298,23 @@ def test_without_flow_control_a_stream_that_outran_its_buffer_fails_on_a_lost_li
     assert told is not ended  # who ended its stream is not told of it again
     assert getattr(party.wire.router_events[-1], "code", None) == FailCode.OUTRUN
     assert party.wire.agent.statistics().streams == 0
+
+
+def test_without_flow_control_what_comes_between_welcome_and_attached_is_kept() -> None:
+    """The router was told that the stream goes on: what it was promised must not make room for what is new."""
+    party = Party(OFF, 1)
+    wire, share = party.wire, OFF.pause_threshold_bytes
+    wire.agent.produce(StreamId(1), content("request-0", 0, share), wire.now)
+    wire.drop()
+    wire.agent.connect(wire.now)
+    wire.collect()
+    wire.deliver_to_router(Channel.CONTROL)
+    wire.collect()
+    wire.deliver_to_agent(Channel.CONTROL)
+    assert wire.agent.link is Link.ATTACHING
+    wire.agent.produce(StreamId(1), content("request-0", share, 1_000), wire.now)
+    party.round(1_000, readers=set())
+    assert party.received == {"request-0": share + 2_000}
 
 
 def test_without_a_streaming_socket_everything_travels_on_control() -> None:

@@ -66,9 +66,17 @@ class SessionsMachine(RuleBasedStateMachine):
 
     contexts = Bundle("contexts")
 
-    @initialize(window=WINDOWS, pause=PAUSES, threshold=THRESHOLDS, streaming=st.booleans())
-    def begin(self, window: int, pause: int, threshold: float, streaming: bool) -> None:
+    @initialize(
+        window=WINDOWS,
+        pause=PAUSES,
+        threshold=THRESHOLDS,
+        streaming=st.booleans(),
+        # Mostly on, as agents have it.
+        enabled=st.sampled_from([True, True, False]),
+    )
+    def begin(self, window: int, pause: int, threshold: float, streaming: bool, enabled: bool) -> None:
         self.flow = FlowControl(
+            enabled=enabled,
             window_bytes=window,
             pause_threshold_bytes=pause,
             replenish_threshold=threshold,
@@ -242,7 +250,7 @@ class SessionsMachine(RuleBasedStateMachine):
                 assert not client.ends
                 assert payload == content(context, client.received, len(payload))
                 client.received += len(payload)
-                assert client.received - client.consumed <= self.flow.window_bytes
+                assert client.received - client.consumed <= self.flow.window_bytes or not self.flow.enabled
             case ResponseStarted(context=context):
                 assert not self.clients[context].started
                 self.clients[context].started = True
@@ -260,11 +268,12 @@ class SessionsMachine(RuleBasedStateMachine):
     @invariant()
     def agent_keeps_at_most_a_window_of_each_stream(self) -> None:
         held = self.wire.agent.statistics()
-        assert held.kept_bytes <= held.streams * self.flow.window_bytes
+        assert held.kept_bytes <= held.streams * self.flow.window_bytes or not self.flow.enabled
 
     @invariant()
     def agent_never_runs_past_the_pause_threshold(self) -> None:
-        assert self.wire.agent.statistics().unacknowledged_bytes <= self.flow.pause_threshold_bytes
+        held = self.wire.agent.statistics()
+        assert held.unacknowledged_bytes <= self.flow.pause_threshold_bytes or not self.flow.enabled
 
     @invariant()
     def router_holds_exactly_the_streams_that_have_not_ended(self) -> None:

@@ -1,6 +1,9 @@
 """When the router's session has something to send at once, and what may wait for company."""
 
 from tests.support.wire import Wire
+from xim_protocol.codec import MAX_TEXT
+from xim_protocol.events import ResponseEnded, ResponseFailed
+from xim_protocol.messages import FailCode
 from xim_protocol.router_stream import CLOSED_AT_ONCE
 
 
@@ -42,3 +45,26 @@ def test_a_request_leaves_at_once() -> None:
     assert wire.router.wants_to_send
     wire.settle()
     assert not wire.router.wants_to_send
+
+
+def test_many_streams_that_fail_at_once_with_long_texts_fit_into_messages() -> None:
+    wire = Wire().connect()
+    streams = [wire.submit(f"r{n}") for n in range(1_000)]
+    wire.settle()
+    for stream in streams:
+        wire.agent.fail(stream.stream, FailCode.INTERNAL, "\N{SNOWMAN}" * MAX_TEXT, retryable=False)
+    wire.settle()
+    failed = [event for event in wire.router_events if isinstance(event, ResponseFailed)]
+    assert len(failed) == len(streams)
+
+
+def test_many_streams_that_start_at_once_with_long_content_types_fit_into_messages() -> None:
+    wire = Wire().connect()
+    streams = [wire.submit(f"r{n}") for n in range(2_100)]
+    wire.settle()
+    for stream in streams:
+        wire.agent.start_response(stream.stream, 200, "\N{MUSICAL SYMBOL G CLEF}" * 256)
+        wire.agent.end(stream.stream, None)
+    wire.settle()
+    ended = [event for event in wire.router_events if isinstance(event, ResponseEnded)]
+    assert len(ended) == len(streams)

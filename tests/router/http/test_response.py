@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Send
 
 from tests.support.programs import PATIENCE_S
 from xim_protocol.messages import FailCode
@@ -64,13 +64,20 @@ class Client:
 class Case:
     """A response, its client and the books of its credit."""
 
-    def __init__(self, *, bound: int = 1_000, total: int = 1_000_000, path: str = "/v1/chat/completions") -> None:
+    def __init__(
+        self,
+        *,
+        bound: int = 1_000,
+        total: int = 1_000_000,
+        path: str = "/v1/chat/completions",
+        send: Send | None = None,
+    ) -> None:
         self.client = Client()
         self.hot = HotCounters()
         self.credited = 0
         self.received = 0
         self.response = HttpResponse(
-            self.client.send,
+            send or self.client.send,
             route=ROUTES_BY_PATH[path],
             request_id="req_1",
             buffers=ResponseBuffers(per_response_bytes=bound, total_bytes=total, hot=self.hot),
@@ -157,6 +164,31 @@ async def test_an_empty_body_is_an_answer() -> None:
         case.response.start(204, "text/plain")
         assert case.response.end() is None
         assert (case.client.status, case.client.body, case.client.finished) == (204, b"", True)
+
+
+@pytest.mark.parametrize("status", [100, 101, 199, 204, 304, 600, 999])
+@pytest.mark.parametrize("content_type", ["application/json", SSE])
+async def test_a_status_that_no_answer_with_a_body_has_is_a_bad_gateway(status: int, content_type: str) -> None:
+    with closed(Case()) as case:
+        case.response.start(status, content_type)
+        assert case.put(DONE) == len(DONE)
+        assert case.response.end() is None
+        assert (case.client.status, case.client.body, case.client.finished) == (502, DONE, True)
+
+
+@pytest.mark.parametrize("content_type", ["application/json", SSE])
+async def test_what_the_server_cannot_send_ends_this_answer_and_raises_nothing(
+    content_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(message: Message) -> None:
+        raise RuntimeError("Invalid HTTP header value.")
+
+    with closed(Case(send=refuse)) as case:
+        case.response.start(200, content_type)
+        case.put(b"data: 1\n\n")
+        case.put(DONE)
+        case.response.end()
+    assert [record.message for record in caplog.records] == ["answer cannot be sent"]
 
 
 async def test_a_whole_body_over_the_bound_begins_to_leave_and_counts_each_byte_once() -> None:
@@ -425,8 +457,9 @@ async def test_a_silent_event_stream_is_pinged_at_every_second_look_and_at_a_bou
         assert case.credited == case.received
 
 
-async def test_a_ping_for_a_slow_client_asks_for_no_credit_later() -> None:
-    with closed(Case(bound=20)) as case:
+@pytest.mark.parametrize("total", [1_000_000, 0])
+async def test_a_ping_for_a_slow_client_asks_for_no_credit_later(total: int) -> None:
+    with closed(Case(bound=20, total=total)) as case:
         case.response.start(200, SSE)
         case.put(b"data: 1\n\n")
         case.client.stop()

@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from tests.router.link.rig import Rig, until
-from tests.support.agent_stub import SSE, AgentStub, Work, hold
+from tests.support.agent_stub import JSON, SSE, AgentStub, Work, hold
 from tests.support.programs import PATIENCE_S
 from xim_protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, Frames, encode, encode_batch
 from xim_protocol.errors import FaultReason
@@ -199,6 +199,33 @@ async def test_too_many_frames_from_a_peer_without_a_session_are_a_fault_too() -
         finally:
             stranger.close(linger=0)
         assert rig.serving("a")
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type"), [(100, JSON), (204, SSE), (304, JSON), (700, JSON), (200, "text/plain\r\nx: y")]
+)
+async def test_an_answer_that_http_cannot_say_harms_no_other_of_its_message(status: int, content_type: str) -> None:
+    async with (
+        Rig("a") as rig,
+        rig.agent("a", serve=hold, capacity=2) as agent,
+        await rig.call() as odd,
+        await rig.call() as even,
+    ):
+        await agent.until(lambda: len(agent.works) == 2)
+        first, second = agent.works
+        agent.say(
+            *batch(
+                (EntryKind.START, first.stream, status, content_type),
+                chunk(first, 0, DONE),
+                (EntryKind.END, first.stream, len(DONE), None),
+                (EntryKind.START, second.stream, 200, JSON),
+                chunk(second, 0, b"{}"),
+                (EntryKind.END, second.stream, 2, None),
+            )
+        )
+        assert (await even.rest()).body == b"{}"
+        await odd.rest()
+        assert (odd.status, bytes(odd.body)) == (status if status == 200 else 502, DONE)
 
 
 async def test_one_bad_message_does_not_keep_those_behind_it_from_being_read() -> None:

@@ -119,10 +119,10 @@ class AgentOutbox:
         served: dict[StreamId, AgentStream] = {}
         unserved: dict[StreamId, AgentStream] = {}
         for number, stream in dirty.items():
-            left = self._take_turn(stream, entries)
-            size += left
+            before = stream.credit.sent
+            size += self._take_turn(stream, entries)
             if not stream.all_sent:
-                (served if left else unserved)[number] = stream
+                (served if stream.credit.sent != before else unserved)[number] = stream
             if size >= BATCH_BYTES or len(entries) >= MAX_ENTRIES - 3:
                 yield entries
                 entries, size = [], 0
@@ -135,22 +135,25 @@ class AgentOutbox:
             self._blocked = self._blocked | unserved | served
 
     def _take_turn(self, stream: AgentStream, entries: list[Entry]) -> int:
-        """Append the entries of one stream that may leave now; returns payload bytes."""
+        """Append the entries of one stream that may leave now; returns payload bytes, and characters of texts."""
         credit, sender = stream.credit, self.sender
         size = 0
         if not stream.start_sent and stream.start is not None and (credit.produced or stream.terminal):
             entries.append(stream.start)
             stream.start_sent = True
+            size = len(stream.start[3])  # type: ignore[arg-type]
         taken = credit.take(min(sender.room, BATCH_BYTES))
         if taken is not None:
             offset, payload = taken
-            size = len(payload)
-            sender.send(size)
+            size += len(payload)
+            sender.send(len(payload))
             entries.append((EntryKind.CHUNK, stream.submit.stream, offset, payload))
         terminal = stream.terminal
         if terminal is not None and not stream.terminal_sent and credit.sent == credit.produced:
             if terminal[0] == EntryKind.END:
                 terminal = (EntryKind.END, terminal[1], credit.produced, terminal[2])
+            elif terminal[0] == EntryKind.FAIL:
+                size += len(terminal[3])  # type: ignore[arg-type]
             entries.append(terminal)
             stream.terminal_sent = True
         return size

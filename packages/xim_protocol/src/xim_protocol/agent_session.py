@@ -317,7 +317,9 @@ class AgentSession:
         if taken:
             self._outbox.mark(stream)
         if not self.flow.enabled and self.link is not Link.OPEN:
-            stream.credit.keep_at_most(self.flow.pause_threshold_bytes // len(self._streams), unsent_too=True)
+            # Not after the Welcome: the router was told that all of it comes.
+            share = self.flow.pause_threshold_bytes // len(self._streams)
+            stream.credit.keep_at_most(share, unsent_too=self.link is not Link.ATTACHING)
         if taken < len(payload):
             self._stalls.start(number, now)
         return taken

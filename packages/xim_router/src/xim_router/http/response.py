@@ -7,6 +7,7 @@ task takes over, what comes meanwhile waits in a bounded buffer, and the callbac
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from xim_router.http.resumed import Resumed
 from xim_router.http.sse import PING, EventBoundary, error_event
 from xim_router.telemetry.metrics import HotCounters
 
+log = logging.getLogger(__name__)
+
+UNSAYABLE_STATUS = 502
+"""Stands for a status that no answer with this body can have: the agent, or its engine, is at fault."""
 FAILURES: dict[FailCode, tuple[str, str | None]] = {
     FailCode.CANCELLED: ("client_closed_request", None),
     FailCode.STALLED: ("stalled", None),
@@ -53,6 +58,7 @@ class HttpResponse:
     __slots__ = (
         "_body",
         "_boundary",
+        "_broken",
         "_buffers",
         "_direct",
         "_ended",
@@ -95,6 +101,7 @@ class HttpResponse:
         self._boundary: EventBoundary | None = None
         self._body: list[bytes] = []
         self._ended = False
+        self._broken = False
         self._silent = 0
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[tuple[Message, int]] = deque()
@@ -107,7 +114,10 @@ class HttpResponse:
         """Note status and type; nothing leaves before the first byte of the body, so that a retry stays possible."""
         # A line break in it would write headers of the agent's own.
         fit = content_type.isascii() and content_type.isprintable()
-        self._head = (status, content_type.encode() if fit else b"application/octet-stream")
+        self._head = (
+            status if 200 <= status <= 599 else UNSAYABLE_STATUS,
+            content_type.encode() if fit else b"application/octet-stream",
+        )
         self._event_stream = content_type.startswith("text/event-stream")
         if self._event_stream:
             self._boundary = EventBoundary(self._terminal)
@@ -149,7 +159,7 @@ class HttpResponse:
             self._body.clear()
             self._release(self._held)
             self.sent_bytes += len(body)
-            status, headers = self._head_of_answer()
+            status, headers = self._head_of_answer(empty=not body)
             self._whole(status, [*headers, (b"content-length", str(len(body)).encode())], body)
         else:
             self._finish(b"")
@@ -197,10 +207,11 @@ class HttpResponse:
         self._silent += 1
         if self._silent >= 2 and boundary.at_boundary:
             self._silent = 0
+            # Nobody's credit: the agent never sent it.
             if self.committed:
-                self._give(PING)
+                self._give(PING, 0)
             else:
-                self._begin(PING)
+                self._begin(PING, 0)
 
     def abort(self) -> None:
         """Close the client's connection now, without flushing: it takes nothing, or must not take this for whole."""
@@ -231,8 +242,10 @@ class HttpResponse:
         made = answer(error, self._request_id)
         self._whole(made.status, made.headers, made.body)
 
-    def _head_of_answer(self) -> tuple[int, list[tuple[bytes, bytes]]]:
+    def _head_of_answer(self, *, empty: bool = False) -> tuple[int, list[tuple[bytes, bytes]]]:
         status, content_type = self._head or (200, b"application/json")
+        if status in (204, 304) and not empty:
+            status = UNSAYABLE_STATUS  # these have no body (RFC 9110, section 6.4.1): it would be taken for an answer
         headers = [(b"content-type", content_type), (REQUEST_ID_HEADER, self._request_id.encode())]
         if self._event_stream:
             # Proxies in front must neither store nor gather an event stream.
@@ -281,10 +294,18 @@ class HttpResponse:
             self._queue.append((message, size))
             self._hold(size)
             return False
+        if self._broken:
+            return True
         coroutine = self._send(message)
         try:
             future = coroutine.send(None)  # type: ignore[attr-defined]  # ASGI's Awaitable is a coroutine in practice
         except StopIteration:
+            return True
+        except Exception:
+            # The server cannot say this. It must not reach the callback, which has other streams to see to.
+            log.exception("answer cannot be sent", extra={"request": self._request_id})
+            self._broken = True
+            self.abort()
             return True
         self._hold(size)
         self._task = asyncio.get_running_loop().create_task(self._drain(coroutine, future, size))  # type: ignore[arg-type]
