@@ -11,7 +11,8 @@ from xim_router.cli import main as router
 _INTRO = """\
 Two programs. Both take their settings from the environment ([router](router-settings.md),
 [agent](agent-settings.md)). Every command has `--help`. Exit status: 0 when it was done, 1 when it was refused or
-failed, 2 for a wrong argument or setting; the message on standard error says what to do."""
+failed, 2 for a wrong argument or setting; the message on standard error says what to do. `xerotier-xim-agent run`
+ends with 3 where another start would end the same way ([which is which](../howto/deploy-a-node.md#5-the-service))."""
 
 _ROUTER = """\
 All commands but `serve` and `settings` work on the database itself: before the first `serve`, and beside a running

@@ -11,10 +11,11 @@ from xim_router.settings import RouterSettings, Setting
 from xim_router.settings import declared as router_rows
 
 _ROUTER_INTRO = """\
-The router reads the variables below and nothing else: no file, and no flag of `serve`. An empty variable counts as
-unset. Wrong values stop the program with status 2 and one message that lists all of them; a variable that looks
-like one of these and is none is named with the nearest known one. `xerotier-router settings` shows what is in force
-and where each value comes from, secrets masked; `xerotier-router serve --help` shows this page."""
+The router reads the variables below and nothing else: no file, and of `serve` no flag but `--workers`. An empty
+variable counts as unset. Wrong values stop the program with status 2 and one message that lists all of them; a
+variable that looks like one of these and is none is named with the nearest known one. `xerotier-router settings`
+shows what is in force and where each value comes from, secrets masked; `xerotier-router serve --help` shows this
+page."""
 
 _AGENT_INTRO = """\
 A flag wins over its variable, a variable over the default. An empty variable counts as unset, because Compose files

@@ -132,6 +132,7 @@ def test_its_default_holds_unset_and_empty(monkeypatch: pytest.MonkeyPatch, vari
 def test_its_words_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, variable: Variable) -> None:
     monkeypatch.setenv(whole_name(variable.name), variable.word)
     assert plain(load_settings({}), variable.field) == variable.value
+    assert warnings() == []
 
 
 @pytest.mark.parametrize("variable", [each for each in VARIABLES if each.wrong is not None], ids=ids)

@@ -137,9 +137,22 @@ def test_every_limit_stands_in_its_table_with_its_value() -> None:
     limits: dict[str, Any] = {}
     for module in (codec, grants, agent_session, agent_outbox):
         numbers = {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
-        limits |= {name: value for name, value in numbers.items() if name.isupper() and not name.endswith("_KIND")}
+        named = {name: value for name, value in numbers.items() if name.isupper() and not name.endswith("_KIND")}
+        assert all(limits.get(name, value) == value for name, value in named.items()), "one name, two limits"
+        limits |= named
     limits.pop("PROTOCOL_VERSION")
     assert dict(TABLES["Limits"]) == {name: f"{value:,}" for name, value in limits.items()}
+
+
+def test_every_message_stands_among_those_of_its_sender() -> None:
+    parts = re.split(r"^## (Messages .*)$", PAGE.partition("\n## Entries")[0], flags=re.MULTILINE)[1:]
+    senders = {"Messages from the agent": ("agent", "either"), "Messages from the router": ("router",)}
+    for heading, text in zip(parts[::2], parts[1::2], strict=True):
+        stated = re.findall(r"^From: (\w+), (\w+)", text, re.MULTILINE)
+        assert stated
+        for sender, socket in stated:
+            assert sender in senders.get(heading, ("agent", "router"))
+            assert (socket == "streaming") is (heading == "Messages on streaming")
 
 
 def test_the_page_has_no_table_that_the_code_does_not_know() -> None:

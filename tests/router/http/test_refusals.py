@@ -1,5 +1,6 @@
 """A request that never became an exchange is counted by its error's code, and by nothing that a client chose."""
 
+import logging
 from types import SimpleNamespace
 from typing import cast
 
@@ -53,14 +54,17 @@ async def counted(rig: Rig, expected: dict[str, float]) -> None:
         (415, "unsupported_media_type", {"content_type": "text/plain"}),
     ],
 )
-async def test_a_refused_request_is_counted_by_the_code_of_its_error(
-    status: int, code: str, asked: dict[str, object]
+async def test_a_refused_request_is_counted_by_the_code_of_its_error_and_logged(
+    status: int, code: str, asked: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     async with Rig(max_body_bytes=1024) as rig:
         for times in (1.0, 2.0):
-            call = await rig.ask(**asked)  # type: ignore[arg-type]
+            call = await rig.ask(**asked, x_request_id="mine")  # type: ignore[arg-type]
             assert (call.status, call.code) == (status, code)
             await counted(rig, {code: times})
+    lines = [vars(record) for record in caplog.records if record.getMessage() == "request refused"]
+    assert [(line["code"], line["client_request"]) for line in lines] == [(code, "mine")] * 2
 
 
 @pytest.mark.parametrize(
@@ -123,6 +127,18 @@ async def test_a_client_that_leaves_while_it_sends_was_refused_nothing(
             await until(lambda: rig._server.server_state.tasks)
         await until(lambda: not rig._server.server_state.tasks)
         assert refused(rig) == {}
+
+
+async def test_a_fault_of_the_control_plane_is_counted_and_not_called_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rig = enrolling(EnrollmentCode.JOIN_KEY_EXPIRED, monkeypatch)
+    monkeypatch.setattr(EnrollRequest, "from_json", lambda raw: raw["not there"])
+    async with rig:
+        assert (await rig.ask({}, path="/v1/enroll", key=None)).code == "internal_error"
+        await counted(rig, {"internal_error": 1.0})
+    assert [r.levelname for r in caplog.records if r.getMessage() in ("request refused", "request failed")] == ["ERROR"]
 
 
 async def test_a_fault_of_ours_is_counted_as_what_the_client_was_told(monkeypatch: pytest.MonkeyPatch) -> None:

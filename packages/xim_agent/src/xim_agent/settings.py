@@ -38,9 +38,8 @@ MOST_CONCURRENT = MAX_STREAMS // 2
 """A Hello names every stream of the session: those in flight, and those that ended and the router did not close yet."""
 
 NOT_YET_EFFECTIVE: dict[str, str] = {
-    "model_cache_path": "the agent does not receive models yet; it serves INITIAL_MODEL_PATH",
     "model_cache_max_size_gb": "the agent does not receive models yet",
-    "model_src": "the agent does not receive models yet",
+    "model_src": "the agent does not receive models yet; it serves INITIAL_MODEL_PATH",
     "model_pull_max_attempts": "the agent does not receive models yet",
     "model_pull_base_delay_ms": "the agent does not receive models yet",
     "model_pull_max_delay_ms": "the agent does not receive models yet",
@@ -211,8 +210,8 @@ class AgentSettings(BaseSettings):
         None,
         "MODEL_CACHE_PATH",
         Group.MODELS,
-        "Where received models are kept.",
-        shown="/var/lib/inference/.cache/xerotier/models, or HOME/.cache/xerotier/models",
+        "Where received models will be kept; vLLM's cache, kernel configurations and facts lie beside it.",
+        shown="xerotier/models in the user's cache directory, or HOME/.cache/xerotier/models",
     )
     model_cache_max_size_gb: Positive = _setting(
         100, "MODEL_CACHE_MAX_SIZE_GB", Group.MODELS, "Most the model cache may hold.", unit="GB", flag="run"

@@ -65,7 +65,7 @@ MAX_OFFSET = 2**53
 MAX_STREAM_ID = 2**48
 MAX_CAPACITY = 65_536
 MAX_DURATION_MS = 7 * 24 * 3600 * 1000
-MAX_WINDOW_BYTES = 2**30
+MAX_FLOW_BYTES = 2**30
 MAX_TEXT = 1_024
 
 Frames = list[bytes]
@@ -241,9 +241,9 @@ CAPACITY = uint(MAX_CAPACITY)
 FLOW = record(
     FlowControl,
     enabled=FLAG,
-    window_bytes=uint(MAX_WINDOW_BYTES, least=1),
+    window_bytes=uint(MAX_FLOW_BYTES, least=1),
     replenish_threshold=number(0.0, 1.0),
-    pause_threshold_bytes=uint(MAX_WINDOW_BYTES, least=1),
+    pause_threshold_bytes=uint(MAX_FLOW_BYTES, least=1),
     stall_timeout_ms=uint(MAX_DURATION_MS, least=1),
 )
 ASSIGNMENT = record(

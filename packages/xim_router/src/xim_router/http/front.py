@@ -42,17 +42,15 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"this router does not speak {scope['type']}")
-        ids = identify(scope)
-        request_id = ids.shown
+        request_id = identify(scope).shown
         try:
             await self._route(scope, receive, send, request_id)
         except ApiError as error:
-            self._refused(error.code)
-            log.info("request refused", extra=_facts(scope, ids) | {"code": error.code})
+            self._note_refusal(scope, error.code)
             await _send_error(send, error, request_id, scope["method"])
         except Exception:
             self._refused("internal_error")
-            log.exception("request failed", extra=_facts(scope, ids))
+            log.exception("request failed", extra=_facts(scope))
             await _send_error(send, ApiError("internal_error"), request_id, scope["method"])
 
     async def _route(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
@@ -71,9 +69,15 @@ class Front:
             await self._control(scope, receive, send)
             code = answered_error(scope)
             if code is not None:
-                self._refused(code)
+                self._note_refusal(scope, code)
         else:
             await send_answer(send, made, head_only=scope["method"] == "HEAD")
+
+    def _note_refusal(self, scope: Scope, code: str) -> None:
+        """Count an error that is answered; a fault of the control plane's was logged with its traceback."""
+        self._refused(code)
+        if code != "internal_error":
+            log.info("request refused", extra=_facts(scope) | {"code": code})
 
     def _small_answer(
         self, scope: Scope, path: str, project: str | None, slug: str | None, request_id: str
@@ -90,8 +94,9 @@ class Front:
         return get_model(catalog, principal, project, slug, path.removeprefix(MODELS_PATH + "/"), request_id)
 
 
-def _facts(scope: Scope, ids: RequestIds) -> dict[str, object]:
+def _facts(scope: Scope) -> dict[str, object]:
     """What a log line says of a request that never became an exchange."""
+    ids: RequestIds = scope["state"]["request_ids"]
     return {"request": ids.own, "client_request": ids.client, "path": scope["path"][:200]}
 
 
