@@ -39,7 +39,7 @@ from xim_router.link.broker import Broker
 from xim_router.link.gatekeeper import Gatekeeper
 from xim_router.link.journal import Journal
 from xim_router.link.transport import Transport
-from xim_router.telemetry.metrics import RouterMetrics
+from xim_router.telemetry.metrics import ClientPhase, RouterMetrics
 
 KEY = "xero_acme_any"
 CHAT_PATH = "/v1/chat/completions"
@@ -93,7 +93,14 @@ class Rig:
             request_timeout_s=request_timeout_s,
             client_stall_timeout_s=client_stall_timeout_s,
         )
-        self.inference = Inference(self.broker, hash_key=hash_key, buffers=buffers, limits=limits, clock=lambda: NOW)
+        self.inference = Inference(
+            self.broker,
+            hash_key=hash_key,
+            buffers=buffers,
+            limits=limits,
+            body_given_up=self.metrics.client_disconnects.labels(ClientPhase.BODY).inc,
+            clock=lambda: NOW,
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         plain = None if secure else AgentId(agents[0])
         self.gatekeeper = Gatekeeper(self._context, self.broker.admit, plain_agent=plain)

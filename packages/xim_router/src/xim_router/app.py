@@ -39,7 +39,7 @@ from xim_router.link.transport import Transport
 from xim_router.listening import CannotStart, address, cannot_bind, listen, tls_context
 from xim_router.settings import RouterSettings
 from xim_router.supervisor import UNUSABLE_STATUS
-from xim_router.telemetry.metrics import RouterMetrics
+from xim_router.telemetry.metrics import ClientPhase, RouterMetrics
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ class Router:
             request_timeout_s=settings.request_timeout_s,
             client_stall_timeout_s=settings.client_stall_timeout_s,
         )
-        return Inference(broker, hash_key=control.api_key_hash, buffers=buffers, limits=limits)
+        given_up = metrics.client_disconnects.labels(ClientPhase.BODY).inc
+        return Inference(broker, hash_key=control.api_key_hash, buffers=buffers, limits=limits, body_given_up=given_up)
 
     @contextlib.contextmanager
     def _link(self, broker: Broker, control: ControlPlane) -> Iterator[None]:

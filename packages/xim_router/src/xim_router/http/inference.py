@@ -73,13 +73,16 @@ class Inference:
         hash_key: Callable[[str], bytes],
         buffers: ResponseBuffers,
         limits: InferenceLimits,
+        body_given_up: Callable[[], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`hash_key` is the keyed hash of an API key; `clock` Unix seconds."""
+        """`hash_key` is the keyed hash of an API key; `body_given_up` is told of a client that left before its body was
+        whole; `clock` is in Unix seconds."""
         self._broker = broker
         self._hash_key = hash_key
         self._buffers = buffers
         self._limits = limits
+        self._body_given_up = body_given_up
         self._clock = clock
         self.watch = ClientWatch(broker, buffers.hot, timeout_s=limits.client_stall_timeout_s)
 
@@ -113,6 +116,7 @@ class Inference:
         check_content_type(header(headers, b"content-type"))
         body = await self._body(receive, headers, received_at)
         if isinstance(body, Disconnected):
+            self._body_given_up()
             return
         head = read_head(body)
         endpoint = resolve_endpoint(self._broker.catalog, principal, project, slug, head.model)
