@@ -90,7 +90,7 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_request() ->
         async with await rig.call(b'{"model": "chat"', content_length="1000") as call:
             await call.writer.drain()
         await rig.idle()
-        assert rig.count("xim_router_client_disconnects_total", phase="body") == 1
+        await until(lambda: rig.count("xim_router_client_disconnects_total", phase="body") == 1)
         assert (await rig.ask()).status == 200
         assert len(agent.works) == 1
 
