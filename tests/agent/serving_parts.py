@@ -16,7 +16,8 @@ from xim_agent.engine.client import EngineClient
 from xim_agent.engine.process import Engine, EngineState
 from xim_agent.link.connection import Connection
 from xim_agent.link.sockets import Transport
-from xim_agent.serving import Outcome, ServedModel, Serving
+from xim_agent.relay import Outcome, ServedModel
+from xim_agent.serving import Serving
 from xim_agent.telemetry.metrics import StreamCounters
 from xim_protocol.agent_session import AgentReport
 from xim_protocol.enrollment import RouterAddress

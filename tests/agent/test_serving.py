@@ -3,10 +3,10 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +16,11 @@ from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import Answer as Asked
 from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
+from xim_agent.engine import http
+from xim_agent.engine.http import EngineConnection
 from xim_agent.engine.process import EngineState
-from xim_agent.serving import Answer, Outcome, ServedModel, Serving
+from xim_agent.relay import Outcome, ServedModel
+from xim_agent.serving import Serving
 from xim_protocol.events import SlotsFree
 from xim_protocol.ids import ProjectId
 from xim_protocol.messages import FailCode, RefusalReason
@@ -160,6 +163,55 @@ async def test_a_client_that_does_not_read_stops_the_reading_from_the_engine(tmp
         assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
+async def test_a_cancel_of_a_stream_that_waits_for_its_client_leaves_nothing(tmp_path: Path) -> None:
+    async with RouterStub() as router, node(tmp_path, router, capacity=1) as parts:
+        tasks = asyncio.all_tasks()
+        router.consuming = False
+        answer = await router.submit(chat({"chunks": 20_000, "interval_ms": 0}))
+        await router.until(lambda: len(answer.body) == 65_536)
+        asked = parts.stopwatch()
+        await router.cancel(answer)
+        await parts.idle_engine(asked)
+        await router.until(lambda: answer.over)
+        assert parts.outcomes == [Outcome.CANCELLED]
+        assert parts.serving.statistics().in_flight == 0
+        assert not {task for task in asyncio.all_tasks() - tasks if answer.request in task.get_name()}
+
+
+async def test_the_end_of_an_answer_waits_for_the_credit_of_its_last_bytes(tmp_path: Path) -> None:
+    async with RouterStub() as router, node(tmp_path, router, capacity=1) as parts:
+        router.consuming = False
+        answer = await router.submit(chat({"body_bytes": 100_000, "seed": 4}, stream=False))
+        await router.until(lambda: len(answer.body) == 65_536)
+        assert parts.serving.statistics().in_flight == 1
+        assert not answer.over
+        await router.consume(answer)
+        await router.until(lambda: answer.over)
+        assert (answer.ended, len(answer.body)) == (True, 100_000)
+        assert answer.usage is not None
+        text = json.loads(answer.body)["choices"][0]["message"]["content"]
+        assert text == expected_text(4, len(text))
+
+
+async def test_a_short_answer_needs_no_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "KEEP_ALIVE_S", PATIENCE_S)
+    async with RouterStub() as router, node(tmp_path, router) as parts:
+        assert (await router.ask(chat({"chunks": 2}))).ended  # leaves a connection behind
+        made: list[str] = []
+        relaying = parts.serving._relaying
+        create = relaying.tasks.create_task
+
+        def noted(coroutine: Coroutine[Any, Any, None], *, name: str) -> "asyncio.Task[None]":
+            made.append(name)
+            return create(coroutine, name=name)
+
+        monkeypatch.setattr(relaying.tasks, "create_task", noted)
+        answer = await router.submit(chat({"chunks": 20, "interval_ms": 1}), time_left_ms=60_000)
+        await router.until(lambda: answer.over)
+        assert answer.ended
+        assert made == []
+
+
 async def test_a_link_cut_and_restored_leaves_the_stream_exact(tmp_path: Path) -> None:
     async with RouterStub() as router:
         address = router.address
@@ -243,13 +295,8 @@ async def test_beyond_capacity_the_router_refused_first_hears_first_of_a_place(t
         assert heard == [second, first]
 
 
-class _Broken:
-    """An engine whose client has a bug."""
-
-    def open(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
-    ) -> AbstractAsyncContextManager[Answer]:
-        raise ZeroDivisionError
+def _broken() -> EngineConnection | None:
+    raise ZeroDivisionError
 
 
 async def test_a_bug_in_one_stream_harms_no_other(
@@ -259,7 +306,7 @@ async def test_a_bug_in_one_stream_harms_no_other(
         lasting: Asked = await router.submit(chat({"chunks": 100, "interval_ms": 5}))
         await router.until(lambda: lasting.chunks > 2)
         with monkeypatch.context() as patch:
-            patch.setattr(parts.serving, "_engine", _Broken())
+            patch.setattr(parts.client, "idle", _broken)
             answer = await router.ask(chat())
         assert answer.failed is not None
         assert answer.failed.code is FailCode.INTERNAL

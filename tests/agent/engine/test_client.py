@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.agent.engine.engines import States, fake_vllm, policy
-from tests.support.programs import PATIENCE_S
+from tests.support.programs import PATIENCE_S, eventually
 from xim_agent.engine.client import EngineBroken, EngineClient, EngineError, EngineResponse, EngineUnavailable
+from xim_agent.engine.http import EngineConnection, request_bytes
 from xim_agent.engine.process import Engine, EngineState
 
 JSON = {"Content-Type": "application/json"}
@@ -189,47 +190,124 @@ async def test_against_the_fake_engine(tmp_path: Path) -> None:
         await task
 
 
-async def test_a_body_is_delivered_piece_by_piece_and_whole(tmp_path: Path) -> None:
-    pieces = [b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", b"def", b"ghi"]
-    taken: list[bytes] = []
-    async with (
-        serving(tmp_path, answering(*pieces)) as client,
-        client.open("GET", "/", {}, None) as response,
-    ):
-        assert await response.deliver(lambda piece: taken.append(piece)) is None
-    assert b"".join(taken) == b"abcdefghi"
+class Taker:
+    """Takes an answer from the socket's callback; `limit` pieces at a time, then `until_stopped` returns."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.heads: list[tuple[int, str]] = []
+        self.pieces: list[bytes] = []
+        self.whole = False
+        self.error: EngineError | None = None
+        self._over = asyncio.Event()
+        self._stopped = asyncio.Event()
+
+    def headed(self, status: int, content_type: str) -> None:
+        self.heads.append((status, content_type))
+
+    def take(self, piece: bytes) -> bool:
+        assert not self._stopped.is_set(), "a piece came although nothing was wanted"
+        self.pieces.append(piece)
+        if self.limit is not None and len(self.pieces) % self.limit == 0:
+            self._stopped.set()
+        return not self._stopped.is_set()
+
+    def ended(self) -> None:
+        assert not self._over.is_set()
+        self.whole = True
+        self._over.set()
+
+    def broke(self, error: EngineError) -> None:
+        assert not self._over.is_set()
+        self.error = error
+        self._over.set()
+
+    async def over(self) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self._over.wait()
+
+    async def stopped_or_over(self) -> bool:
+        """True when nothing is wanted, false at the end."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._stopped, self._over)]
+        _, late = await asyncio.wait(waits, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        for task in late:
+            task.cancel()
+        return self._stopped.is_set()
+
+    def want(self) -> None:
+        self._stopped.clear()
 
 
-async def test_what_a_taker_leaves_over_comes_back_once_and_nothing_is_lost(tmp_path: Path) -> None:
-    body = bytes(range(256)) * 64
+async def asked(client: EngineClient, taker: Taker) -> EngineConnection:
+    """A connection that was asked something and answers to `taker`."""
+    connection = client.idle() or await client.connect()
+    connection.begin(request_bytes("GET", "/", {}, None), taker)
+    return connection
+
+
+async def test_a_body_is_passed_on_as_it_comes_and_whole(tmp_path: Path) -> None:
+    pieces = [b"HTTP/1.1 200 OK\r\ncontent-type: a/b\r\ncontent-length: 9\r\n\r\nabc", b"def", b"ghi"]
+    taker = Taker()
+    async with serving(tmp_path, answering(*pieces)) as client:
+        connection = await asked(client, taker)
+        await taker.over()
+        client.give_back(connection)
+    assert taker.heads == [(200, "a/b")]
+    assert (b"".join(taker.pieces), taker.whole) == (b"abcdefghi", True)
+
+
+async def test_chunks_of_one_read_are_passed_on_together(tmp_path: Path) -> None:
+    taker = Taker()
+    chunks = b"".join(b"1\r\n%c\r\n" % letter for letter in b"abcd")
+    async with serving(tmp_path, answering(CHUNKED + chunks + b"0\r\n\r\n")) as client:
+        client.give_back(await _taken(client, taker))
+    assert taker.pieces == [b"abcd"]
+
+
+async def _taken(client: EngineClient, taker: Taker) -> EngineConnection:
+    connection = await asked(client, taker)
+    await taker.over()
+    return connection
+
+
+@pytest.mark.parametrize("size", [1_000, 600_000])
+async def test_who_takes_nothing_for_now_is_given_nothing_and_loses_nothing(tmp_path: Path, size: int) -> None:
+    body = bytes(range(256)) * (size // 256)
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
-    taken = bytearray()
-
-    def take(piece: bytes) -> bytes | None:
-        taken.extend(piece[:100])
-        return piece[100:] or None
-
-    async with (
-        serving(tmp_path, answering(head, *(body[i : i + 1000] for i in range(0, len(body), 1000)))) as client,
-        client.open("GET", "/", {}, None) as response,
-    ):
-        while (rest := await response.deliver(take)) is not None:
-            taken.extend(rest)
-    assert bytes(taken) == body
+    taker = Taker(limit=1)
+    async with serving(tmp_path, answering(head, *(body[i : i + 9000] for i in range(0, len(body), 9000)))) as client:
+        connection = await asked(client, taker)
+        while await taker.stopped_or_over():
+            taker.want()
+            connection.go_on()
+        assert taker.whole
+        client.give_back(connection)
+    assert b"".join(taker.pieces) == body
 
 
-async def test_what_a_taker_raises_ends_the_delivery_and_the_connection(tmp_path: Path) -> None:
-    class Ended(Exception):
-        pass
+async def test_what_came_before_the_break_is_taken_before_it_is_told(tmp_path: Path) -> None:
+    taker = Taker(limit=1)
+    async with serving(tmp_path, answering(CHUNKED + b"1\r\na\r\n", b"1\r\nb\r\n")) as client:
+        connection = await asked(client, taker)
+        assert await taker.stopped_or_over()
+        await eventually(lambda: connection.closed)
+        errors = [taker.error]
+        while taker.error is None:
+            taker.want()
+            connection.go_on()
+            errors.append(taker.error)
+        assert errors[0] is None
+        assert isinstance(errors[-1], EngineBroken)
+        client.give_back(connection)
+    assert b"".join(taker.pieces) == b"ab"
 
-    def take(piece: bytes) -> bytes | None:
-        raise Ended
 
+async def test_an_exchange_that_is_given_back_in_the_middle_is_broken_off_without_a_word(tmp_path: Path) -> None:
     closed = asyncio.Event()
 
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(CHUNKED)
         try:
             while True:
                 writer.write(b"1\r\nx\r\n")
@@ -239,11 +317,42 @@ async def test_what_a_taker_raises_ends_the_delivery_and_the_connection(tmp_path
             closed.set()
             raise
 
+    taker = Taker(limit=1)
     async with asyncio.timeout(PATIENCE_S), serving(tmp_path, endless) as client:
-        with pytest.raises(Ended):
-            async with client.open("GET", "/", {}, None) as response:
-                await response.deliver(take)
+        connection = await asked(client, taker)
+        assert await taker.stopped_or_over()
+        client.give_back(connection)
         await closed.wait()
+        assert client.idle() is None
+    assert (len(taker.pieces), taker.whole, taker.error) == (1, False, None)
+
+
+@pytest.mark.parametrize("excess", [b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nx", b"HTTP/1.1 2", b"no HTTP"])
+async def test_a_connection_that_says_more_than_it_was_asked_is_not_used_again(tmp_path: Path, excess: bytes) -> None:
+    async def talkative(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc" + excess)
+        await reader.read()  # until the other end closes
+        writer.close()
+
+    taker = Taker()
+    async with serving(tmp_path, talkative) as client:
+        client.give_back(await _taken(client, taker))
+        assert client.idle() is None
+    assert (taker.pieces, taker.whole, taker.heads) == ([b"abc"], True, [(200, "")])
+
+
+async def test_a_connection_that_broke_before_it_was_asked_is_unavailable(tmp_path: Path) -> None:
+    async def gone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    taker = Taker()
+    async with serving(tmp_path, gone) as client:
+        connection = await client.connect()
+        await eventually(lambda: connection.closed)
+        connection.begin(request_bytes("GET", "/", {}, None), taker)
+        assert isinstance(taker.error, EngineUnavailable)
+        client.give_back(connection)
 
 
 async def test_an_answer_without_a_length_ends_with_its_connection(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from xim_agent.link.sockets import CurveKeys, Transport
 from xim_agent.mesh import Mesh
 from xim_agent.moe.background import tune_for
 from xim_agent.planning.decision import Wanted
-from xim_agent.serving import Outcome, ServedModel, Serving
+from xim_agent.relay import Outcome, ServedModel
+from xim_agent.serving import Serving
 from xim_agent.settings import AgentSettings
 from xim_agent.surroundings import UNASSIGNED, Surroundings
 from xim_agent.telemetry.gpus import GpuReader
@@ -87,6 +88,8 @@ class Node:
         self._metrics = AgentMetrics(version=VERSION)
         self._metrics.capacity.set(self._report.capacity)
         self._metrics.read_links(self._read_links)
+        self._ended_as = {outcome: self._metrics.streams.labels(outcome.value) for outcome in Outcome}
+        """Looked up once: to find a labelled counter costs more than to count."""
         self._metrics.entered(self._state)
         self._mesh = Mesh(dial=self._dial, given_up=self._router_left, remember=enroller.remember_mesh)
         self._past_links: list[LinkReading] = []
@@ -249,7 +252,7 @@ class Node:
         self._report.in_flight = number
 
     def _ended(self, outcome: Outcome) -> None:
-        self._metrics.streams.labels(outcome.value).inc()
+        self._ended_as[outcome].inc()
         if outcome is Outcome.STALLED:
             self._metrics.stalled.inc()
 

@@ -63,7 +63,7 @@ from xim_protocol.messages import (
     Welcome,
 )
 from xim_protocol.stall import StallClocks
-from xim_protocol.stream import TERMINAL, Step, next_state
+from xim_protocol.stream import TERMINAL, Step, StreamState, next_state
 
 __all__ = ["AgentConfig", "AgentReport", "AgentSession", "AgentSessionStatistics", "Link"]
 
@@ -312,7 +312,9 @@ class AgentSession:
         What was not taken must be offered again after `CreditGranted`; the stall clock runs until then. Without flow
         control everything is taken; what outruns the replay buffer while there is no link fails on the next one.
         """
-        stream = self._stream(number, Step.CHUNK)
+        stream = self._streams.get(number)
+        if stream is None or stream.state is not StreamState.RESPONDING:  # else nothing changes: nearly every chunk
+            stream = self._stream(number, Step.CHUNK)
         taken = stream.credit.produce(payload)
         if taken:
             self._outbox.mark(stream)

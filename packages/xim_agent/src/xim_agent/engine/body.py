@@ -14,6 +14,8 @@ from xim_protocol.routes import Route, TerminalEvent
 THREAD_BYTES = 64 * 1024
 """Bodies longer than this take over a millisecond: the caller prepares them in a thread."""
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+"""Writes ASCII: a lone surrogate, legal in JSON, cannot be written in UTF-8."""
 _MISSING_FIELD = re.compile(rb"('loc': 'body\.[^.']+', 'msg': 'Field required', 'input': '<dict of )(\d+) items>'")
 """Of a top-level field; what is missing further down counts the fields of another object."""
 
@@ -90,8 +92,7 @@ def _parse(body: bytes) -> dict[str, object]:
 
 def _written(fields: dict[str, object]) -> bytes:
     try:
-        # ASCII: a lone surrogate, legal in JSON, cannot be written in UTF-8.
-        return json.dumps(fields, separators=(",", ":"), check_circular=False).encode("ascii")
+        return _ENCODER.encode(fields).encode("ascii")
     except RecursionError as error:
         raise BodyInvalid("the body is nested too deeply") from error
 

@@ -1,7 +1,8 @@
 """The engine's routes over its Unix socket: bytes in, bytes out.
 
-Bodies are never decoded. Leaving the context before the end of the body closes the connection, at which vLLM aborts
-the request.
+Bodies are never decoded. Leaving an exchange before the end of the body closes the connection, at which vLLM aborts
+the request. `idle`, `connect` and `give_back` are for whoever takes an answer from the socket's callback; `open` is for
+whoever can wait for it.
 """
 
 import asyncio
@@ -17,62 +18,111 @@ from xim_agent.engine.http import (
     EngineError,
     EnginePool,
     EngineUnavailable,
-    Take,
+    request_bytes,
 )
 
 __all__ = ["EngineBroken", "EngineClient", "EngineError", "EngineResponse", "EngineUnavailable"]
 
 
 class EngineResponse:
-    """An answer whose status has come."""
+    """An answer whose status has come, taken piece by piece by one task; a `Receiver`."""
 
-    __slots__ = ("_connection", "content_type", "headers", "status")
+    __slots__ = ("_connection", "_ended", "_error", "_headed", "_piece", "_waiter", "content_type", "status")
 
     def __init__(self, connection: EngineConnection) -> None:
         self._connection = connection
-        self.status: int = connection.status
-        self.headers: Mapping[str, str] = connection.headers
-        """By name in lower case."""
-        self.content_type: str = connection.headers.get("content-type", "")
+        self._headed = self._ended = False
+        self._piece = b""
+        self._error: EngineError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.status = 0
+        self.content_type = ""
         """The header's whole value, parameters included."""
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By name in lower case."""
+        return self._connection.headers
+
     async def read_chunk(self) -> bytes:
-        """All bytes that have come since the last call, waiting for at least one; b"" at the end.
+        """Bytes that have come since the last call, waiting for at least one; b"" at the end.
 
         Raises:
             EngineBroken: the connection was reset, or closed before the end of the body.
         """
-        return await self._connection.read()
+        while not self._piece and not self._ended:
+            await self._wait()
+        piece, self._piece = self._piece, b""
+        if piece:
+            self._connection.go_on()
+        return piece
 
-    async def deliver(self, take: Take) -> bytes | None:
-        """Hand the body to `take` as it comes, without a task switch per piece.
+    async def head(self) -> None:
+        """Return when the status has come.
 
-        Returns None at its end, or what `take` could not take. Raises as `read_chunk`, and what `take` raises.
+        Raises:
+            EngineUnavailable: the connection ended before.
         """
-        return await self._connection.deliver(take)
+        while not self._headed:
+            await self._wait()
+
+    # --- For the connection ----------------------------------------------------------------------------------------
+
+    def headed(self, status: int, content_type: str) -> None:
+        """The status has come."""
+        self.status, self.content_type, self._headed = status, content_type, True
+        self._wake()
+
+    def take(self, piece: bytes) -> bool:
+        """One piece at a time; what comes meanwhile waits in the connection."""
+        self._piece = piece
+        self._wake()
+        return False
+
+    def ended(self) -> None:
+        """The answer is whole."""
+        self._ended = True
+        self._wake()
+
+    def broke(self, error: EngineError) -> None:
+        """No more will come."""
+        self._error = error
+        self._wake()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Exchange:
     """One request, as an async context manager."""
 
-    __slots__ = ("_body", "_connection", "_headers", "_method", "_path", "_pool")
+    __slots__ = ("_connection", "_pool", "_request")
 
-    def __init__(
-        self, pool: EnginePool, method: str, path: str, headers: Mapping[str, str], body: bytes | None
-    ) -> None:
+    def __init__(self, pool: EnginePool, request: bytes) -> None:
         self._pool = pool
-        self._method, self._path, self._headers, self._body = method, path, headers, body
+        self._request = request
         self._connection: EngineConnection | None = None
 
     async def __aenter__(self) -> EngineResponse:
-        connection = self._connection = await self._pool.take()
+        connection = self._connection = self._pool.idle() or await self._pool.connect()
+        response = EngineResponse(connection)
         try:
-            connection.begin(self._method, self._path, self._headers, self._body)
-            await connection.head()
+            connection.begin(self._request, response)
+            await response.head()
         except BaseException:
             self._pool.give_back(connection)
             raise
-        return EngineResponse(connection)
+        return response
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -101,7 +151,19 @@ class EngineClient:
         `path` is sent as it is. Raises:
             EngineUnavailable: on entering, when no status came.
         """
-        return Exchange(self._pool, method, path, headers, body)
+        return Exchange(self._pool, request_bytes(method, path, headers, body))
+
+    def idle(self) -> EngineConnection | None:
+        """A connection that served before, None where none is left."""
+        return self._pool.idle()
+
+    async def connect(self) -> EngineConnection:
+        """A new connection. Raises: EngineUnavailable."""
+        return await self._pool.connect()
+
+    def give_back(self, connection: EngineConnection) -> None:
+        """The exchange on `connection` is over, whole or not."""
+        self._pool.give_back(connection)
 
     async def health(self, timeout_s: float) -> bool:
         """Whether `/health` answers 200 within `timeout_s`."""

@@ -1,16 +1,17 @@
 """HTTP/1.1 to the engine over its Unix socket, driven from the socket's callback.
 
 An engine writes one small chunk per stream and step, thousands a second in all. A future and a task switch for each
-cost more than everything else the agent does with it, so a body's bytes go from the parser straight to whoever takes
-them (`deliver`), and only who has to wait for something is woken. Measured with 64 streams: docs in bench/README.md.
+cost more than everything else the agent does with it, so an answer goes from the parser straight to its `Receiver`;
+whoever would rather wait for it does so in `engine.client`. Measured with 64 streams: docs in bench/README.md.
 """
 
 import asyncio
 import re
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import httptools
 
@@ -20,9 +21,6 @@ CONNECT_TIMEOUT_S = 5.0
 HELD_BYTES = 256 * 1024
 """Reading pauses while more than this waits to be taken."""
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f]")
-
-Take = Callable[[bytes], bytes | None]
-"""Takes a piece of a body at once; what it could not take comes back, None when nothing is left over."""
 
 
 class EngineError(Exception):
@@ -37,106 +35,87 @@ class EngineBroken(EngineError):
     """The engine's answer ended before its end."""
 
 
+class Receiver(Protocol):
+    """Takes one answer as it comes, in the socket's callback; nothing of it raises.
+
+    Either `ended` or `broke` is the last that it hears.
+    """
+
+    def headed(self, status: int, content_type: str) -> None:
+        """Status and headers have come; `content_type` is the header's whole value."""
+        ...
+
+    def take(self, piece: bytes) -> bool:
+        """The hot path: a piece of the body. False when nothing more may come until `go_on`."""
+        ...
+
+    def ended(self) -> None:
+        """The answer is whole."""
+        ...
+
+    def broke(self, error: EngineError) -> None:
+        """No more will come: EngineUnavailable before the status, EngineBroken after it."""
+        ...
+
+
 class EngineConnection(asyncio.Protocol):
     """One connection; carries one exchange at a time."""
 
     def __init__(self) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
         self.closed = False
         self.idle_since = 0.0
-        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._parser: httptools.HttpResponseParser | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._take: Take | None = None
-        self._rest: bytes | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._receiver: Receiver | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
         self._held: list[bytes] = []
-        self._held_bytes = 0
+        self._stopped = False
+        """The receiver takes nothing for now."""
         self._paused = False
         self._headed = False
         self._complete = False
         self._reusable = False
         self._error: Exception | None = None
-        """Why no more will come; raised to whoever waits."""
+        """Why no more will come."""
 
     # --- The exchange ----------------------------------------------------------------------------------------------
 
-    def begin(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> None:
-        """Send one request; the answer's head and body follow."""
-        self._parser = httptools.HttpResponseParser(self)
-        self.status, self.headers = 0, {}
-        self._headed = self._complete = self._reusable = False
-        self._rest = None
-        lines = [f"{method} {path} HTTP/1.1", "host: engine", "accept-encoding: identity"]
-        lines += [f"{name}: {value}" for name, value in headers.items() if not _UNSAFE.search(name + value)]
-        if body is not None:
-            lines.append(f"content-length: {len(body)}")
-        self._opened().write("\r\n".join((*lines, "", "")).encode("latin-1", "replace") + (body or b""))
+    def begin(self, request: bytes, receiver: Receiver) -> None:
+        """Send one request, as `request_bytes` makes it; the answer goes to `receiver`."""
+        self._receiver = receiver
+        self._headers = []
+        self._headed = self._complete = self._reusable = self._stopped = False
+        if self._error is not None:
+            self._tell_end()  # it broke since it was chosen
+            return
+        self._opened().write(request)
 
-    async def head(self) -> None:
-        """Return when status and headers have come. Ended by the engine, or by cancelling.
+    def go_on(self) -> None:
+        """The receiver takes again, first what came meanwhile."""
+        self._stopped = False
+        self._pass_on()
 
-        Raises:
-            EngineUnavailable: the connection ended before.
-        """
-        while not self._headed:
-            if self._error is not None:
-                raise EngineUnavailable(f"the engine gave no answer: {self._error}") from self._error
-            await self._wait()
-
-    async def read(self) -> bytes:
-        """All bytes of the body that wait, or the next that come; b"" at its end.
-
-        Raises:
-            EngineBroken: the answer ended before its end.
-        """
-        while not self._held:
-            if self._finished():
-                return b""
-            await self._wait()
-        return self._take_held()
-
-    async def deliver(self, take: Take) -> bytes | None:
-        """Hand the body to `take` as it comes, from the socket's callback.
-
-        Returns None at the body's end, or what `take` could not take; then nothing more is handed over until the next
-        call. An exception of `take` ends the call.
-
-        Raises:
-            EngineBroken: the answer ended before its end.
-        """
-        while True:
-            if self._held:
-                rest = take(self._take_held())
-                if rest is not None:
-                    return rest
-            if self._finished():
-                return None
-            self._take = take
-            try:
-                await self._wait()
-            finally:
-                self._take = None
-            if isinstance(self._error, _Taker):
-                raise self._error.raised
-            if self._rest is not None:
-                rest, self._rest = self._rest, None
-                return rest
-
-    def finish(self) -> bool:
+    def release(self) -> bool:
         """The exchange is over: true when the connection may carry another, else it is closed, which aborts it."""
-        if self._complete and self._reusable and not self.closed and not self._held:
-            self.idle_since = self._loop.time()
+        self._receiver = None
+        self._held.clear()
+        if self._complete and self._reusable and not self.closed:
+            self.idle_since = time.monotonic()
             return True
         self.close()
         return False
 
     def close(self) -> None:
-        """Close now, without flushing."""
+        """Close now, without flushing. A receiver hears nothing more."""
         self.closed = True
+        self._receiver = None
         if self._transport is not None:
             self._transport.abort()
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The answer's, by name in lower case."""
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._headers}
 
     # --- asyncio's callbacks ---------------------------------------------------------------------------------------
 
@@ -147,113 +126,124 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the answer."""
-        if self._parser is None or self._complete:
+        if self._receiver is None:
             self.close()  # nothing was asked: not a connection to go on with
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._break(error)
+        self._pass_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine closed the connection, or it broke."""
         self.closed = True
         if not self._complete and self._headed and exc is None and not self._framed():
             self._complete = True  # a body without length or chunks ends with its connection (RFC 9112, section 6.3)
-            self._wake()
         elif not self._complete:
             self._break(exc or ConnectionError("the engine closed the connection"))
+        self._pass_on()
 
     # --- httptools' callbacks --------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        """The first bytes of an answer."""
+        if self._complete:  # a second one, which nobody asked for
+            self._reusable = False
+            if self._receiver is None:
+                self.close()
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header of the answer."""
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Status and headers are whole."""
-        assert self._parser is not None
-        self.status = self._parser.get_status_code()
+        if self._complete or self._receiver is None:
+            return
         self._reusable = self._parser.should_keep_alive()
         self._headed = True
-        self._wake()
+        self._receiver.headed(self._parser.get_status_code(), self._content_type())
 
     def on_body(self, body: bytes) -> None:
-        """The hot path: a piece of the body."""
-        if self._take is not None:
-            try:
-                rest = self._take(body)
-            except Exception as error:
-                self._take = None
-                self._break(_Taker(error))
-                return
-            if rest is not None:
-                # Already through the taker's hands: apart from what it has not seen yet.
-                self._take, self._rest = None, rest
-                self._wake()
-            return
-        self._held.append(body)
-        self._held_bytes += len(body)
-        if self._held_bytes > HELD_BYTES and not self._paused:
-            self._paused = True
-            self._opened().pause_reading()
-        self._wake()
+        """A piece of the body; all that one read of the socket brings is passed on together."""
+        if not self._complete:
+            self._held.append(body)
 
     def on_message_complete(self) -> None:
         """The body is whole."""
         self._complete = True
-        self._wake()
 
-    # --- Waiting ---------------------------------------------------------------------------------------------------
+    # --- Passing on ------------------------------------------------------------------------------------------------
 
-    async def _wait(self) -> None:
-        """Ended by whatever the callbacks bring."""
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _pass_on(self) -> None:
+        """The hot path: what has come goes to the receiver, unless it takes nothing for now."""
+        receiver, held = self._receiver, self._held
+        if receiver is None:
+            held.clear()
+        elif self._stopped:
+            if not self._paused and sum(map(len, held)) > HELD_BYTES and not self.closed:
+                self._paused = True
+                self._opened().pause_reading()
+        else:
+            if held:
+                piece = held[0] if len(held) == 1 else b"".join(held)
+                held.clear()
+                self._stopped = not receiver.take(piece)
+            if self._paused and not self.closed:
+                self._paused = False
+                self._opened().resume_reading()
+            if self._complete or self._error is not None:
+                self._tell_end()
 
     def _break(self, error: Exception) -> None:
         if self._error is None:
             self._error = error
-        self.close()
-        self._wake()
+        self.closed = True
+        self._opened().abort()
 
-    def _finished(self) -> bool:
+    def _tell_end(self) -> None:
+        """Tell the receiver how the answer ended, once it has, and everything before was taken."""
+        receiver = self._receiver
+        if receiver is None or self._stopped:
+            return
         if self._complete:
-            return True
-        if self._error is not None:
-            raise EngineBroken(f"the engine's answer broke off: {self._error}") from self._error
-        return False
+            self._receiver = None
+            receiver.ended()
+        elif self._error is not None:
+            self._receiver = None
+            receiver.broke(self._ending(self._error))
 
-    def _take_held(self) -> bytes:
-        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
-        self._held.clear()
-        self._held_bytes = 0
-        if self._paused and not self.closed:
-            self._paused = False
-            self._opened().resume_reading()
-        return held
+    def _ending(self, cause: Exception) -> EngineError:
+        error: EngineError = (
+            EngineBroken(f"the engine's answer broke off: {cause}")
+            if self._headed
+            else EngineUnavailable(f"the engine gave no answer: {cause}")
+        )
+        error.__cause__ = cause
+        return error
+
+    def _content_type(self) -> str:
+        for name, value in self._headers:
+            if name.lower() == b"content-type":
+                return value.decode("latin-1")
+        return ""
 
     def _framed(self) -> bool:
-        return "content-length" in self.headers or "transfer-encoding" in self.headers
+        return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
 
     def _opened(self) -> asyncio.Transport:
         assert self._transport is not None
         return self._transport
 
 
-class _Taker(Exception):
-    """Carries what a `Take` raised from the parser's callback to the waiting task."""
-
-    def __init__(self, raised: Exception) -> None:
-        super().__init__("who took the body ended it")
-        self.raised = raised
+def request_bytes(method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+    """A whole request, to leave in one write; a header that could forge another is left out."""
+    lines = [f"{method} {path} HTTP/1.1", "host: engine", "accept-encoding: identity"]
+    lines += [f"{name}: {value}" for name, value in headers.items() if not _UNSAFE.search(name + value)]
+    if body is not None:
+        lines.append(f"content-length: {len(body)}")
+    return "\r\n".join((*lines, "", "")).encode("latin-1", "replace") + (body or b"")
 
 
 class EnginePool:
@@ -264,19 +254,24 @@ class EnginePool:
         self._idle: deque[EngineConnection] = deque()
         self._busy: set[EngineConnection] = set()
 
-    async def take(self) -> EngineConnection:
-        """A connection, perhaps one that served before.
+    def idle(self) -> EngineConnection | None:
+        """A connection that served before, None where none is left."""
+        now = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and now - connection.idle_since < KEEP_ALIVE_S:
+                self._busy.add(connection)
+                return connection
+            connection.close()
+        return None
+
+    async def connect(self) -> EngineConnection:
+        """A new connection.
 
         Raises:
             EngineUnavailable: nobody listens, or takes the connection in time.
         """
         loop = asyncio.get_running_loop()
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.closed and loop.time() - connection.idle_since < KEEP_ALIVE_S:
-                self._busy.add(connection)
-                return connection
-            connection.close()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_unix_connection(EngineConnection, self._socket_path)
@@ -288,11 +283,11 @@ class EnginePool:
     def give_back(self, connection: EngineConnection) -> None:
         """The exchange on `connection` is over."""
         self._busy.discard(connection)
-        if connection.finish():
+        if connection.release():
             self._idle.append(connection)
 
     def close(self) -> None:
-        """Close every connection; exchanges under way break."""
+        """Close every connection; who waits for an answer hears nothing more."""
         for connection in (*self._idle, *self._busy):
             connection.close()
         self._idle.clear()

@@ -6,6 +6,7 @@ vLLM hashes `cache_salt` into the first block of a prompt, so a prefix is found 
 import base64
 import hashlib
 import hmac
+from functools import lru_cache
 
 from xim_protocol.ids import ProjectId
 
@@ -19,7 +20,18 @@ def tenant_salt(secret: str, project: ProjectId, client_salt: str | None = None)
     HMAC-SHA256 under `secret` over the project's id and the salt that the client sent, if any: a client may divide
     its own cache further, and can reach nobody else's.
     """
+    if client_salt is None:
+        return _project_salt(secret, project)
     # The NUL keeps project "a" with salt "b" apart from project "ab"; no id contains one.
-    message = f"kv:{project}" if client_salt is None else f"kv:{project}\0{client_salt}"
+    return _digest(secret, f"kv:{project}\0{client_salt}")
+
+
+@lru_cache(maxsize=1024)
+def _project_salt(secret: str, project: ProjectId) -> str:
+    """Kept: nearly every request needs its project's, and few clients send a salt of their own."""
+    return _digest(secret, f"kv:{project}")
+
+
+def _digest(secret: str, message: str) -> str:
     digest = hmac.digest(secret.encode(), message.encode("utf-8", "surrogatepass"), hashlib.sha256)
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()

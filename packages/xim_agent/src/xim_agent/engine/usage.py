@@ -6,6 +6,7 @@ the report and no longer in each choice's last event. So it is put back there, a
 client would get from vLLM itself. Ordinary events are never parsed: three searches of a chunk's bytes decide.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,9 +71,7 @@ class _ReportTaker:
     __slots__ = ("_held", "_passing", "_stamp", "_usage")
 
     def __init__(self, fingerprint: str | None) -> None:
-        self._stamp = (
-            b"" if fingerprint is None else b',"system_fingerprint":' + json.dumps(fingerprint).encode() + b"}"
-        )
+        self._stamp = b"" if fingerprint is None else _stamp(fingerprint)
         self._held = b""
         self._passing = False
         self._usage: TokenUsage | None = None
@@ -132,6 +131,12 @@ class _ReportTaker:
         return True
 
 
+@functools.lru_cache(maxsize=16)
+def _stamp(fingerprint: str) -> bytes:
+    """What ends a choice's last event in the place of its `}`; one engine has one."""
+    return b',"system_fingerprint":' + json.dumps(fingerprint).encode() + b"}"
+
+
 class _StreamReader:
     """Passes everything on at once and keeps the last event with usage in it, to be parsed at the end."""
 
@@ -189,8 +194,8 @@ class _BodyReader:
 def usage_of(fields: Mapping[str, object]) -> TokenUsage | None:
     """The usage of a parsed body or event, in whichever of the engine's forms; None when there is none."""
     for holder in (fields, fields.get("response"), fields.get("message")):
-        usage = holder.get("usage") if isinstance(holder, Mapping) else None
-        if isinstance(usage, Mapping):
+        usage = holder.get("usage") if isinstance(holder, dict) else None
+        if isinstance(usage, dict):
             return _counts(usage)
     return None
 
@@ -201,7 +206,7 @@ def _counts(usage: Mapping[str, object]) -> TokenUsage | None:
     if prompt is None:
         return None
     details = usage.get("prompt_tokens_details", usage.get("input_tokens_details"))
-    cached = _count(details, "cached_tokens") if isinstance(details, Mapping) else None
+    cached = _count(details, "cached_tokens") if isinstance(details, dict) else None
     if cached is None:
         cached = _count(usage, "cache_read_input_tokens")
     completion = _count(usage, "completion_tokens", "output_tokens")

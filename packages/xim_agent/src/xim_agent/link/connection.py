@@ -40,14 +40,15 @@ REPEAT_PROBLEM_S = 60.0
 ROOM_S = 0.01
 """How often a stream without flow control asks whether the sockets take more."""
 
+_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+
 OnEvent = Callable[["Connection", AgentEvent], None]
 Clock = Callable[[], float]
 
 
 def boottime() -> float:
     """Monotonic seconds that count suspend, where the system has such a clock (Linux)."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
+    return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
 
 
 class Connection:

@@ -76,7 +76,9 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow(name="xim_agent_gpu_power_watts", kind="gauge", help="Power it draws.", labels=("gpu", "name")),
     MetricRow(name="xim_agent_unacknowledged_bytes", kind="gauge", help="Bytes sent and not yet received by a router."),
     MetricRow(
-        name="xim_agent_tasks", kind="gauge", help="Tasks of the event loop: one per stream, and a few of the agent's."
+        name="xim_agent_tasks",
+        kind="gauge",
+        help="Tasks of the event loop: a few of the agent's, and one for each stream that waits for its client.",
     ),
 )
 _HELP = {row.name: row.help for row in ROWS}
