@@ -29,6 +29,7 @@ from xim_router.dispatch.dispatcher import Dispatcher
 from xim_router.dispatch.reports import AgentSeen
 from xim_router.dispatch.roster import Standing
 from xim_router.dispatch.statistics import AgentStatistics
+from xim_router.http.crowd import Crowd
 from xim_router.http.errors import install_error_handlers
 from xim_router.http.front import Front
 from xim_router.http.inference import Inference, InferenceLimits
@@ -71,6 +72,7 @@ class Rig:
         response_buffer_bytes: int = 262_144,
         response_buffer_total_bytes: int = 1 << 30,
         max_body_bytes: int = 33_554_432,
+        most_connections: int = 10_000,
     ) -> None:
         """`agents` are enrolled, and assigned to the endpoint `chat`."""
         self.server_keys = zmq.curve_keypair()
@@ -112,11 +114,16 @@ class Rig:
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self.http_port: int = self._listener.getsockname()[1]
-        self._server = _Server(_http_config(self._front(), self.metrics.refused))
+        self._server = _Server(_http_config(self._front(), self.metrics.refused, Crowd(most_connections)))
         self._serving: asyncio.Task[None] | None = None
         self.publish()
         for name in agents:
             self.register(name)
+
+    @property
+    def connections(self) -> int:
+        """Of HTTP clients."""
+        return len(self._server.server_state.connections)
 
     def _front(self) -> Front:
         control = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)

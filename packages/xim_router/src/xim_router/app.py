@@ -27,6 +27,7 @@ from xim_router.control.errors import ControlError
 from xim_router.control.plane import ControlPlane
 from xim_router.dispatch.dispatcher import Dispatcher
 from xim_router.dispatch.roster import Standing
+from xim_router.http.crowd import Crowd
 from xim_router.http.front import Front
 from xim_router.http.inference import Inference, InferenceLimits
 from xim_router.http.operations import MetricsApp, Readiness
@@ -164,7 +165,8 @@ class Router:
 
     async def _serve(self, broker: Broker, control: ControlPlane, front: ASGIApp, metrics: RouterMetrics) -> None:
         settings, loop = self._settings, asyncio.get_running_loop()
-        http = _Server(_http_config(front, metrics.refused, self._tls))
+        crowd = Crowd(_most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        http = _Server(_http_config(front, metrics.refused, crowd, self._tls))
         shared = self._worker is not None
         variables = "XEROTIER_ROUTER_HTTP_HOST", "XEROTIER_ROUTER_HTTP_PORT"
         servers = [(http, listen(settings.http_host, settings.http_port, *variables, shared=shared))]
@@ -272,10 +274,12 @@ def _tls(settings: RouterSettings) -> ssl.SSLContext | None:
     return tls_context(settings.tls_cert, settings.tls_key)
 
 
-def _http_config(front: ASGIApp, refused: Callable[[str], None], tls: ssl.SSLContext | None = None) -> uvicorn.Config:
+def _http_config(
+    front: ASGIApp, refused: Callable[[str], None], crowd: Crowd, tls: ssl.SSLContext | None = None
+) -> uvicorn.Config:
     return _config(
         front,
-        partial(HttpProtocol, refused=refused),
+        partial(HttpProtocol, refused=refused, crowd=crowd),
         # Longer than the usual idle timeout of a proxy in front, so that it is never we who close a reused connection.
         timeout_keep_alive=75,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
@@ -331,3 +335,10 @@ def _raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _most_connections(descriptors: int) -> int:
+    """What clients may take of a process's descriptors; the rest is for agents, the database, files and listeners."""
+    if descriptors == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(descriptors // 2, descriptors - max(64, descriptors // 8))

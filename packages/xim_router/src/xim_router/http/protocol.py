@@ -17,6 +17,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from xim_router.http.crowd import Crowd
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer, client_request_id, new_request_id
 
 log = logging.getLogger(__name__)
@@ -69,15 +70,18 @@ class HttpProtocol(HttpToolsProtocol):
         *uvicorns: Any,
         refused: Callable[[str], None] = lambda _code: None,
         most_connections: int | None = None,
+        crowd: Crowd | None = None,
         **more: Any,
     ) -> None:
         """`refused` is told the code of every error that is answered here.
 
-        With `most_connections` a newcomer ends the oldest of the listener's connections that are too many.
+        Where there are too many connections, a newcomer ends the oldest with `most_connections`, whatever it does; with
+        `crowd` one without a request.
         """
         super().__init__(*uvicorns, **more)
         self._refused = refused
         self._most_connections = most_connections
+        self._crowd = crowd
         self._number = next(_NUMBERS)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -88,10 +92,18 @@ class HttpProtocol(HttpToolsProtocol):
             by_age = sorted(self.connections, key=operator.attrgetter("_number"))
             for oldest in by_age[: -self._most_connections]:
                 oldest.transport.abort()
+        if self._crowd is not None:
+            self._crowd.came(self, len(self.connections))
+
+    def end(self) -> None:
+        """Close now, without flushing."""
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._wait_no_more()
+        if self._crowd is not None:
+            self._crowd.left(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -124,7 +136,15 @@ class HttpProtocol(HttpToolsProtocol):
         if too_large is not None:
             self._code = too_large
             raise _HeadTooLarge(too_large)
+        if self._crowd is not None:
+            self._crowd.busy(self)
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer is whole; of several requests in a row the last one counts."""
+        super().on_response_complete()
+        if self._crowd is not None and self.cycle is not None and self.cycle.response_complete:
+            self._crowd.idle(self)
 
     def send_400_response(self, msg: str) -> None:
         """Tell the client, unless its bytes come behind a request whose answer is still to come: that one is last."""
