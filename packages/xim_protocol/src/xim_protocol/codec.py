@@ -191,6 +191,10 @@ def optional(shape: Shape) -> Shape:
     )
 
 
+# Tuples are made of lists below, not of generators: such a tuple begins with ten places and is cut to size at its end,
+# so the interpreter takes it from one free list and puts it into another, which fills up to 2,000 of each length.
+
+
 def many(shape: Shape, limit: int) -> Shape:
     """An array of at most `limit` of `shape`."""
 
@@ -199,9 +203,9 @@ def many(shape: Shape, limit: int) -> Shape:
             _wrong("an array", value)
         if len(value) > limit:
             raise MessageTooLarge("array", len(value), limit)
-        return tuple(map(shape.check, value))
+        return tuple([shape.check(item) for item in value])
 
-    return Shape(check, lambda values: tuple(map(shape.pack, values)), "many", (shape, limit))
+    return Shape(check, lambda values: tuple([shape.pack(item) for item in values]), "many", (shape, limit))
 
 
 def fields(*shapes: Shape) -> Shape:
@@ -210,10 +214,10 @@ def fields(*shapes: Shape) -> Shape:
     def check(value: object) -> tuple[Any, ...]:
         if type(value) is not tuple or len(value) < len(shapes):
             _wrong(f"an array of {len(shapes)}", value)
-        return tuple(shape.check(item) for shape, item in zip(shapes, value, strict=False))
+        return tuple([shape.check(item) for shape, item in zip(shapes, value, strict=False)])
 
     def pack(values: Any) -> tuple[object, ...]:
-        return tuple(shape.pack(item) for shape, item in zip(shapes, values, strict=True))
+        return tuple([shape.pack(item) for shape, item in zip(shapes, values, strict=True)])
 
     return Shape(check, pack, "fields", shapes)
 
@@ -224,7 +228,7 @@ def record(cls: type[Any], **shapes: Shape) -> Shape:
     row = fields(*shapes.values())
     return Shape(
         lambda value: cls(**dict(zip(names, row.check(value), strict=True))),
-        lambda item: row.pack(tuple(getattr(item, name) for name in names)),
+        lambda item: row.pack([getattr(item, name) for name in names]),
         "record",
         (cls, shapes),
     )

@@ -462,7 +462,7 @@ class RouterSession(Generic[C]):
         """Queue one Credit with everything that is due; call it at most once per loop tick."""
         if not self.credit_due:
             return
-        limits = tuple((number, stream.credit.grant()) for number, stream in self._due.items())
+        limits = tuple([(number, stream.credit.grant()) for number, stream in self._due.items()])
         self._send(Credit(received=self._link.report(), limits=limits, closed=tuple(self._closed)))
         self._due.clear()
         self._closed.clear()

@@ -194,7 +194,9 @@ def identify(scope: Scope) -> RequestIds:
 
 def _relayed(headers: list[tuple[bytes, bytes]]) -> tuple[tuple[str, str], ...]:
     return tuple(
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in headers
-        if name in RELAYED_HEADERS and len(value) <= _HEADER_CHARACTERS
+        [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in headers
+            if name in RELAYED_HEADERS and len(value) <= _HEADER_CHARACTERS
+        ]
     )

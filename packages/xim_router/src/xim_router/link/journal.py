@@ -1,6 +1,7 @@
 """What the broker counts and logs: one line per request at its end, numbers for the rest. Nothing per chunk."""
 
 import logging
+from functools import cache
 
 from prometheus_client import Counter, Histogram
 
@@ -32,7 +33,11 @@ class Journal:
 
     def __init__(self, metrics: RouterMetrics) -> None:
         self._metrics = metrics
-        # `labels()` costs more than counting does; there are as many as endpoints and outcomes.
+        # `labels()` costs more than counting does, and adds to a free list of the interpreter each time (see the codec).
+        # There are as many as endpoints and outcomes.
+        self._queue_waits = cache(metrics.queue_wait_seconds.labels)
+        self._retries = cache(metrics.retries.labels)
+        self._disconnects = cache(metrics.client_disconnects.labels)
         self._requests: dict[tuple[str, str, str], Counter] = {}
         self._seconds: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
         self._uncounted: dict[RequestId, tuple[AgentId, Endpoint, float]] = {}
@@ -70,22 +75,22 @@ class Journal:
     def assigned(self, exchange: Exchange) -> None:
         """The request goes to an agent."""
         if exchange.queue_wait_s:
-            self._metrics.queue_wait_seconds.labels(QueueOutcome.ASSIGNED).observe(exchange.queue_wait_s)
+            self._queue_waits(QueueOutcome.ASSIGNED).observe(exchange.queue_wait_s)
 
     def rejected(self, exchange: Exchange, reason: Rejection) -> None:
         """The request was turned away."""
         if exchange.queue_wait_s:
             timed_out = reason is Rejection.QUEUE_TIMEOUT
             outcome = QueueOutcome.TIMED_OUT if timed_out else QueueOutcome.REJECTED
-            self._metrics.queue_wait_seconds.labels(outcome).observe(exchange.queue_wait_s)
+            self._queue_waits(outcome).observe(exchange.queue_wait_s)
 
     def retried(self, code: FailCode) -> None:
         """An attempt failed before the commit point."""
-        self._metrics.retries.labels(_RETRIES.get(code, RetryReason.FAILED)).inc()
+        self._retries(_RETRIES.get(code, RetryReason.FAILED)).inc()
 
     def refused(self) -> None:
         """An agent did not take the request; it goes back."""
-        self._metrics.retries.labels(RetryReason.REFUSED).inc()
+        self._retries(RetryReason.REFUSED).inc()
 
     def failed(self, code: FailCode) -> None:
         """A stream ended without its whole answer."""
@@ -105,7 +110,7 @@ class Journal:
             phase = ClientPhase.ANSWERING
         else:
             phase = ClientPhase.PARKED if exchange.stream is None else ClientPhase.DISPATCHED
-        self._metrics.client_disconnects.labels(phase).inc()
+        self._disconnects(phase).inc()
 
     def concluded(self, exchange: Exchange, code: str | None, now: float) -> None:
         """The one line of a request, and its figures."""

@@ -10,6 +10,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -131,6 +132,7 @@ class RouterMetrics:
         self.hot = HotCounters()
         self.requests = self._counter(rows.REQUESTS)
         self.requests_refused = self._counter(rows.REQUESTS_REFUSED)
+        self._refused = cache(self.requests_refused.labels)
         self.request_seconds = self._histogram(rows.REQUEST_SECONDS)
         self.ttft_seconds = self._histogram(rows.TTFT_SECONDS)
         self.queue_wait_seconds = self._histogram(rows.QUEUE_WAIT_SECONDS)
@@ -152,7 +154,7 @@ class RouterMetrics:
 
     def refused(self, code: str) -> None:
         """A request that no endpoint was given was answered with the error `code` of the one table."""
-        self.requests_refused.labels(code).inc()
+        self._refused(code).inc()
 
     def _counter(self, row: Row) -> Counter:
         return Counter(row.name, row.help, row.labels, registry=self.registry)
