@@ -33,7 +33,7 @@ class Journal:
 
     def __init__(self, metrics: RouterMetrics) -> None:
         self._metrics = metrics
-        # `labels()` costs more than counting does, and adds to a free list of the interpreter each time (see the codec).
+        # `labels()` costs more than counting does, and adds to a free list of the interpreter (see the codec).
         # There are as many as endpoints and outcomes.
         self._queue_waits = cache(metrics.queue_wait_seconds.labels)
         self._retries = cache(metrics.retries.labels)
