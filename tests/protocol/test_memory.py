@@ -1,5 +1,7 @@
 """What a message and a request leave in memory: nothing that adds up."""
 
+import tracemalloc
+
 import pytest
 
 from tests.protocol.golden_messages import GOLDEN
@@ -18,6 +20,19 @@ ONE_IN_TWO = 0.5
 def test_a_message_that_was_written_and_read_leaves_nothing(name: str) -> None:
     message = GOLDEN[name]
     assert blocks_kept(lambda: decode(encode(message)), TIMES) < ONE_IN_TWO
+
+
+@pytest.mark.parametrize("name", ["slots", "entry_chunk"])
+def test_a_short_message_takes_little_memory_while_it_is_written(name: str) -> None:
+    message = GOLDEN[name]
+    encode(message)
+    tracemalloc.start()
+    try:
+        encode(message)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 16 * 1024
 
 
 def joined() -> tuple[Wire, RouterSession[str]]:
