@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import psutil
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -97,3 +98,21 @@ async def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyFileUnusable, match="file") as caught:
         await Database.open(f"sqlite+aiosqlite:///{tmp_path}/file/router.db")
     assert "XEROTIER_ROUTER_DATA_DIR" in caught.value.remedy
+
+
+async def test_sqlite_is_opened_once_however_many_ask_at_once(tmp_path: Path) -> None:
+    """A second connection would stay: a thread, two descriptors and 150 KB, at a moment of their own."""
+    path = tmp_path / "router.db"
+    database = await Database.open(f"sqlite+aiosqlite:///{path}")
+
+    async def look() -> None:
+        async with database.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def change(number: int) -> None:
+        async with database.write() as connection:
+            await connection.execute(text("UPDATE installation SET catalog_version = :number"), {"number": number})
+
+    await asyncio.gather(*(look() for _ in range(5)), *(change(number) for number in range(5)))
+    assert [file.path for file in psutil.Process().open_files()].count(str(path)) == 1
+    await database.close()

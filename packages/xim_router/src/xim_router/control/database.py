@@ -181,7 +181,10 @@ def _migrate(connection: Connection, revision: str) -> None:
 
 def _sqlite_engine(url: str) -> AsyncEngine:
     # isolation_level None: sqlite3 begins no transaction of its own, the listener below does.
-    engine = create_async_engine(url, connect_args={"isolation_level": None, "timeout": _SQLITE_BUSY_TIMEOUT_S})
+    driver = {"isolation_level": None, "timeout": _SQLITE_BUSY_TIMEOUT_S}
+    # One connection: reads and writes that meet take turns of a millisecond, where a second one would stay for good. A
+    # write that waits for another process keeps no news from a read: nobody else can commit any meanwhile.
+    engine = create_async_engine(url, connect_args=driver, pool_size=1, max_overflow=0)
 
     @event.listens_for(engine.sync_engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
