@@ -23,6 +23,7 @@ from xim_protocol.events import (
     StreamCancelled,
     Welcomed,
 )
+from xim_protocol.grants import MAX_LEASE_S, MAX_WINDOW_BYTES
 from xim_protocol.messages import AgentState, Channel, FlowControl, GoodbyeCode, RefusalReason
 
 PROMPT = b'{"messages": [{"role": "user", "content": "the secret of the house"}]}'
@@ -261,6 +262,29 @@ async def test_a_streaming_port_that_never_answers_is_named(
         async with RouterStub(attach=False) as router, agent(router):
             record = await _logged(caplog, "streaming_port_unreachable")
     assert vars(record)["detail"] == "no answer in time"
+
+
+async def test_a_router_that_grants_less_than_was_asked_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    greedy = config(lease_s=600.0, flow=FlowControl(window_bytes=MAX_WINDOW_BYTES + 1))
+    with caplog.at_level(logging.WARNING, "xim_agent.link.connection"):
+        async with RouterStub() as router, agent(router, settings=greedy) as node:
+            await node.linked()
+    (record,) = caplog.records
+    told = {name: vars(record)[name] for name in ("lease_s", "asked_lease_s", "window_bytes", "asked_window_bytes")}
+    assert told == {
+        "lease_s": MAX_LEASE_S,
+        "asked_lease_s": 600.0,
+        "window_bytes": MAX_WINDOW_BYTES,
+        "asked_window_bytes": MAX_WINDOW_BYTES + 1,
+    }
+    assert "asked_pause_threshold_bytes" not in vars(record)
+
+
+async def test_a_router_that_grants_what_was_asked_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "xim_agent.link.connection"):
+        async with RouterStub() as router, agent(router) as node:
+            await node.linked()
+    assert caplog.records == []
 
 
 async def test_nonsense_from_the_router_ends_the_link_and_nothing_else() -> None:

@@ -29,7 +29,7 @@ from xim_protocol.events import (
     StreamFailed,
     Welcomed,
 )
-from xim_protocol.messages import Channel, GoodbyeCode
+from xim_protocol.messages import Channel, FlowControl, GoodbyeCode
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._backoff = LinkBackoff(source or random.Random())
         self._lease_s = config.lease_s
+        self._asked = config
         self._sockets: LinkSockets | None = None
         self._end: asyncio.Future[LinkEnd] | None = None
         self._closing = asyncio.Event()
@@ -278,7 +279,16 @@ class Connection:
         self._backoff.opened()
         self._told = ("", 0.0)
         log.info("connected", extra={"router": self.name, "session": self.session.session, "lease_s": self._lease_s})
+        self._tell_of_limits()
         self.writer.linked()
+
+    def _tell_of_limits(self) -> None:
+        """A setting beyond what the router takes has no effect: say so."""
+        asked, granted = _limits(self._asked.flow, self._asked.lease_s), _limits(self.session.flow, self._lease_s)
+        other = {name: value for name, value in granted.items() if value != asked[name]}
+        if other:
+            facts = {"router": self.name, **other, **{f"asked_{name}": asked[name] for name in other}}
+            log.warning("router grants other limits than were asked", extra=facts)
 
     def _release_lease(self) -> None:
         """The router ended the session, so its lease is over now: its streams have nobody to answer to."""
@@ -323,3 +333,11 @@ class Connection:
     def _look_for_room(self) -> None:
         self._room = None
         self.writer.linked()
+
+
+def _limits(flow: FlowControl, lease_s: float) -> dict[str, float]:
+    return {
+        "lease_s": lease_s,
+        "window_bytes": flow.window_bytes,
+        "pause_threshold_bytes": flow.pause_threshold_bytes,
+    }
