@@ -82,7 +82,7 @@ def answers_in(raw: bytes) -> list[Answered]:
     ],
     ids=["no method", "a TLS handshake", "version", "no path", "not ASCII", "header", "two framings", "length"],
 )
-async def test_what_is_no_request_is_told_so_in_the_envelope(garbage: bytes) -> None:
+async def test_what_is_no_request_is_told_so_in_the_envelope(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async with Rig() as rig:
         (told,) = await say(rig, garbage)
         assert (told.status, told.code) == (400, "invalid_request")
@@ -91,6 +91,7 @@ async def test_what_is_no_request_is_told_so_in_the_envelope(garbage: bytes) -> 
         assert told.headers["x-request-id"].startswith("req_")
         # The next connection is served.
         assert (await rig.ask(method="GET", path="/healthz", body=b"")).status == 200
+    assert_nothing_failed(caplog)
 
 
 async def test_a_clients_own_id_is_echoed_where_it_came_before_the_fault() -> None:

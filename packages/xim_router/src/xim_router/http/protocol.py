@@ -21,6 +21,9 @@ from xim_router.http.crowd import Crowd
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer, client_request_id, new_request_id
 
 log = logging.getLogger(__name__)
+# What a stranger sends is no warning to an operator; `_tell` notes it, with its code.
+_uvicorns_log = logging.getLogger("uvicorn.error.connection")
+_uvicorns_log.setLevel(logging.ERROR)
 
 MAX_URL_BYTES = 16 * 1024
 """Twice what RFC 9110, section 4.1, wants taken at least; no route of this router needs a tenth."""
@@ -79,6 +82,7 @@ class HttpProtocol(HttpToolsProtocol):
         `crowd` one without a request.
         """
         super().__init__(*uvicorns, **more)
+        self.logger = _uvicorns_log
         self._refused = refused
         self._most_connections = most_connections
         self._crowd = crowd
