@@ -18,6 +18,17 @@ def test_news_between_hello_and_welcome_follow_the_welcome() -> None:
     assert [message.state for message in said(agent) if isinstance(message, Renew)] == [AgentState.READY]
 
 
+def test_news_of_a_link_that_never_was_are_in_the_next_hello_and_not_said_again() -> None:
+    agent = session()
+    agent.connect(0.0)
+    agent.renew(0.1)
+    agent.link_lost(0.2)
+    agent.connect(0.3)
+    agent.frames_to_send()
+    take(agent, WELCOME)
+    assert not [message for message in said(agent) if isinstance(message, Renew)]
+
+
 def test_draining_between_hello_and_welcome_follows_the_welcome() -> None:
     agent = session()
     agent.connect(0.0)

@@ -55,6 +55,7 @@ def test_a_limit_never_goes_down_and_its_repetition_is_harmless(limit: int) -> N
 
 def test_a_limit_that_means_more_was_consumed_than_sent_is_a_fault() -> None:
     sender = sent(4)
+    sender.produce(b"not sent")
     with pytest.raises(OffsetMismatch, match=r"^stream 7: offset 5, expected 4$"):
         sender.raise_limit(SEVEN, 15)
     assert sender.limit == 10
@@ -73,8 +74,10 @@ def test_resuming_twice_from_the_same_offset_gives_the_same_bytes() -> None:
 
 
 def test_bytes_that_were_never_sent_cannot_have_been_received() -> None:
+    sender = sent(6)
+    sender.produce(b"not sent"[:4])
     with pytest.raises(OffsetMismatch):
-        sent(6).resume(SEVEN, 7)
+        sender.resume(SEVEN, 7)
 
 
 def test_bytes_that_were_consumed_cannot_be_asked_for_again() -> None:

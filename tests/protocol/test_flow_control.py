@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.support.wire import Wire, content
 from xim_protocol.agent_session import Link
-from xim_protocol.codec import encode
+from xim_protocol.codec import decode, encode
 from xim_protocol.errors import CreditExceeded
 from xim_protocol.events import StreamFailed
 from xim_protocol.ids import StreamId
@@ -164,6 +164,40 @@ def test_the_end_of_a_stream_passes_a_paused_link() -> None:
     agent.gather()
     agent.fail(StreamId(2), FailCode.ENGINE_BROKEN, "", retryable=False)
     assert agent.gather() == 2  # its start and its end
+
+
+def test_a_stream_that_has_more_to_say_leaves_nobody_behind_that_was_held_back_before_it() -> None:
+    party = Party(FlowControl(window_bytes=4_096, pause_threshold_bytes=1_024), 3)
+    agent = party.wire.agent
+    for stream in (1, 2, 3):
+        agent.produce(StreamId(stream), content(f"request-{stream - 1}", 0, 1_000), 0.0)
+        agent.gather()
+    party.round(0, readers=set(party.streams))
+    assert party.received == dict.fromkeys(party.streams, 1_000)
+
+
+def test_who_was_held_back_goes_before_who_came_later() -> None:
+    party = Party(FlowControl(window_bytes=4_096, pause_threshold_bytes=1_024), 2)
+    agent = party.wire.agent
+    agent.produce(StreamId(2), bytes(2_000), 0.0)
+    agent.gather()
+    agent.produce(StreamId(1), bytes(2_000), 0.0)
+    agent.frames_to_send()
+    agent.receive(Channel.CONTROL, encode(Credit(received=1_024)), 0.0)
+    agent.gather()
+    sent = [decode(frames) for _, frames in agent.frames_to_send()]
+    assert [entry[1] for batch in sent if isinstance(batch, Batch) for entry in batch.entries] == [2, 1, 1]
+
+
+def test_the_end_of_a_stream_waits_for_its_bytes() -> None:
+    party = Party(FlowControl(window_bytes=4_096, pause_threshold_bytes=1_024), 1)
+    agent = party.wire.agent
+    agent.produce(StreamId(1), content("request-0", 0, 3_000), 0.0)
+    agent.end(StreamId(1), None)
+    assert agent.gather() == 2  # its start and what the link takes
+    party.round(0, readers=set())
+    assert party.received == {"request-0": 3_000}
+    assert party.wire.agent.statistics().streams == 0
 
 
 def test_a_batch_ends_where_it_is_long_enough() -> None:

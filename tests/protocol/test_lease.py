@@ -101,6 +101,15 @@ def test_a_lost_lease_is_not_held_not_renewed_and_not_expired_again() -> None:
     assert state == (False, False, False, None)
 
 
+def test_a_question_from_before_the_lease_was_lost_is_forgotten() -> None:
+    lease = holder()
+    lease.asked(5.0)
+    lease.lost()
+    lease.asked(10.0)
+    lease.granted(30.0, 11.0)
+    assert lease.deadline == 40.0
+
+
 # --- At the router --------------------------------------------------------------------------------------------------
 
 

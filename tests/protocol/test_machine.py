@@ -32,7 +32,7 @@ from xim_protocol.messages import CancelReason, Channel, FailCode, FlowControl, 
 from xim_protocol.router_session import Phase, RouterStream
 
 WINDOWS = st.sampled_from([1_024, 1_500, 4_096])
-PAUSES = st.sampled_from([1_024, 3_000, 16_384])
+PAUSES = st.sampled_from([1_024, 1_024, 3_000, 16_384])
 THRESHOLDS = st.sampled_from([0.0, 0.3, 0.5, 1.0])
 CHANNELS = st.sampled_from(list(Channel))
 
@@ -72,7 +72,7 @@ class SessionsMachine(RuleBasedStateMachine):
         threshold=THRESHOLDS,
         streaming=st.booleans(),
         # Mostly on, as agents have it.
-        enabled=st.sampled_from([True, True, False]),
+        enabled=st.sampled_from([True, True, True, False]),
     )
     def begin(self, window: int, pause: int, threshold: float, streaming: bool, enabled: bool) -> None:
         self.flow = FlowControl(
@@ -88,13 +88,29 @@ class SessionsMachine(RuleBasedStateMachine):
 
     # --- Clients and the router -------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.wire.router is not None and self.wire.router.phase is Phase.OPEN)
+    @precondition(lambda self: self.router_is_open)
     @rule(target=contexts, body_bytes=st.sampled_from([2, 2, 2, 65_536, 65_537, 1_700_000]))
     def submit(self, body_bytes: int) -> str:
         context = f"request-{len(self.clients)}"
         body = content(context, 0, body_bytes)
         self.clients[context] = Client(stream=self.wire.submit(context, body), body=body)
         return context
+
+    @precondition(lambda self: self.router_is_open)
+    @rule(targets=(contexts,), size=st.integers(1, 6_000))
+    def submit_and_answer(self, size: int) -> str:
+        """A request that is on its way: most of what can go wrong does so from here on."""
+        context = self.submit(2)
+        self.settle()
+        for stream, work in list(self.work.items()):
+            if work.context == context:
+                self.proceed(stream, size)
+                self.proceed(stream, size)
+        return context
+
+    @property
+    def router_is_open(self) -> bool:
+        return self.wire.router is not None and self.wire.router.phase is Phase.OPEN
 
     @rule(context=contexts, size=st.integers(1, 5_000))
     def consume(self, context: str, size: int) -> None:
@@ -113,27 +129,35 @@ class SessionsMachine(RuleBasedStateMachine):
 
     # --- The engine -------------------------------------------------------------------------------------------------
 
-    def some_work(self, data: st.DataObject) -> StreamId | None:
-        return data.draw(st.sampled_from(sorted(self.work))) if self.work else None
+    def some_work(self, data: st.DataObject) -> StreamId:
+        return data.draw(st.sampled_from(sorted(self.work)))
 
+    @precondition(lambda self: self.work)
     @rule(data=st.data(), size=st.integers(1, 6_000))
     def work_on(self, data: st.DataObject, size: int) -> None:
-        stream = self.some_work(data)
-        if stream is not None:
-            self.proceed(stream, size)
+        self.proceed(self.some_work(data), size)
 
+    @precondition(lambda self: self.work)
+    @rule(size=st.integers(1, 6_000), leaves=st.booleans())
+    def work_on_all(self, size: int, leaves: bool) -> None:
+        """Where what it brings `leaves` at once and is not heard of yet, the link pauses."""
+        for stream in list(self.work):
+            self.proceed(stream, size)
+        if leaves:
+            self.wire.collect_from_agent()
+
+    @precondition(lambda self: self.work)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         stream = self.some_work(data)
-        if stream is not None and self.work[stream].started:
+        if self.work[stream].started:
             del self.work[stream]
             self.wire.agent.end(stream, (1, 2, 0, "engine"))
 
+    @precondition(lambda self: self.work)
     @rule(data=st.data(), refuse=st.booleans())
     def give_up(self, data: st.DataObject, refuse: bool) -> None:
         stream = self.some_work(data)
-        if stream is None:
-            return
         work = self.work.pop(stream)
         if refuse and not work.started:
             self.wire.agent.refuse(stream, RefusalReason.AT_CAPACITY, in_flight=1)
@@ -180,11 +204,27 @@ class SessionsMachine(RuleBasedStateMachine):
         self.wire.settle()
         self.hear()
 
+    @precondition(lambda self: self.wire.agent.link is not Link.DOWN)
     @rule(router_notices=st.booleans())
     def drop(self, router_notices: bool) -> None:
         self.wire.drop(router_notices=router_notices)
         self.hear()
 
+    @precondition(lambda self: self.wire.agent.link is Link.DOWN)
+    @rule(whole=st.booleans())
+    def come_back(self, whole: bool) -> None:
+        """With a `whole` link, or with one that has its Welcome and no more."""
+        if whole:
+            self.wire.connect()
+        else:
+            self.wire.agent.connect(self.wire.now)
+            self.wire.collect_from_agent()
+            self.wire.deliver_to_router(Channel.CONTROL)
+            self.wire.collect_from_router()
+            self.wire.deliver_to_agent(Channel.CONTROL)
+        self.hear()
+
+    @precondition(lambda self: self.wire.agent.link is not Link.DOWN)
     @rule()
     def reconnect(self) -> None:
         self.wire.drop(router_notices=False)
@@ -193,23 +233,23 @@ class SessionsMachine(RuleBasedStateMachine):
 
     # --- Processes and time -----------------------------------------------------------------------------------------
 
-    @rule(seconds=st.sampled_from([0.5, 3.0, 8.0, 25.0]), router_looks=st.booleans())
+    @rule(seconds=st.sampled_from([0.5, 0.5, 3.0, 3.0, 8.0, 25.0]), router_looks=st.booleans())
     def time_passes(self, seconds: float, router_looks: bool) -> None:
         self.wire.advance(seconds)
         if router_looks:
             self.wire.expire_leases()
         self.hear()
 
-    @rule()
-    def restart_router(self) -> None:
-        self.wire.restart_router()
-        self.hear()
-
-    @rule()
-    def restart_agent(self) -> None:
-        self.wire.restart_agent()
-        self.hear()
-        self.work.clear()
+    @precondition(lambda self: len(self.clients) >= 3)  # or little would ever be under way
+    @rule(agent=st.booleans())
+    def restart(self, agent: bool) -> None:
+        if agent:
+            self.wire.restart_agent()
+            self.hear()
+            self.work.clear()
+        else:
+            self.wire.restart_router()
+            self.hear()
 
     # --- What is seen -----------------------------------------------------------------------------------------------
 

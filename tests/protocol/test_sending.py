@@ -68,3 +68,16 @@ def test_many_streams_that_start_at_once_with_long_content_types_fit_into_messag
     wire.settle()
     ended = [event for event in wire.router_events if isinstance(event, ResponseEnded)]
     assert len(ended) == len(streams)
+
+
+def test_many_short_answers_at_once_fit_into_messages() -> None:
+    wire = Wire().connect()
+    streams = [wire.submit(f"r{n}") for n in range(1_500)]
+    wire.settle()
+    for stream in streams:
+        wire.agent.start_response(stream.stream, 200, "text/plain")
+        wire.agent.produce(stream.stream, b"x", wire.now)
+        wire.agent.end(stream.stream, None)
+    wire.settle()
+    ended = [event for event in wire.router_events if isinstance(event, ResponseEnded)]
+    assert len(ended) == len(streams)

@@ -1,6 +1,7 @@
 """Lost links, each case by name: within the lease a client sees a pause and nothing else."""
 
 from tests.support.wire import Wire, content
+from xim_protocol.codec import decode
 from xim_protocol.events import (
     RequestReceived,
     RequestRefused,
@@ -13,7 +14,7 @@ from xim_protocol.events import (
     Welcomed,
 )
 from xim_protocol.ids import StreamId
-from xim_protocol.messages import CancelReason, Channel, FailCode, FlowControl, RefusalReason
+from xim_protocol.messages import CancelReason, Channel, FailCode, FlowControl, Hello, RefusalReason
 from xim_protocol.router_session import Phase
 
 ONE = StreamId(1)
@@ -46,6 +47,26 @@ def nothing_is_left(wire: Wire) -> bool:
     assert wire.router is not None
     agent, router = wire.agent.statistics(), wire.router.statistics()
     return (agent.streams, agent.kept_bytes, router.streams, router.queued_messages) == (0, 0, 0, 0)
+
+
+def test_what_was_not_sent_on_the_old_link_is_not_sent_on_the_new_one() -> None:
+    wire = answering(100)
+    wire.agent.renew(wire.now)
+    wire.agent.produce(ONE, content("a", 100, 100), wire.now)
+    wire.agent.gather()
+    wire.drop()
+    wire.agent.connect(wire.now)
+    outgoing = wire.agent.frames_to_send()
+    assert [type(decode(frames)) for _, frames in outgoing] == [Hello]
+
+
+def test_a_start_without_bytes_is_not_sent_for_a_new_link() -> None:
+    wire = answering()
+    wire.reconnect()
+    assert not any(isinstance(event, ResponseStarted) for event in wire.router_events)
+    wire.agent.produce(ONE, content("a", 0, 10), wire.now)
+    wire.settle()
+    assert body_of(wire) == content("a", 0, 10)
 
 
 def test_a_lost_submit_is_sent_again_under_its_id() -> None:

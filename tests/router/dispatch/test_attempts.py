@@ -60,6 +60,15 @@ def test_a_lost_request_goes_to_the_other_agent(dispatcher: WatchedDispatcher) -
     assert dispatcher.lost(req(1)) == [Assign(req(1), B, 2, 0.0)]
 
 
+def test_the_slot_of_a_lost_request_serves_the_endpoint_its_agent_has_now(dispatcher: WatchedDispatcher) -> None:
+    serve(dispatcher, a=1)
+    dispatcher.submit(req(1))
+    dispatcher.register(enrolled(A, EMBED), enrolled(B))
+    dispatcher.agent_up(view(A, endpoint=EMBED))
+    dispatcher.submit(req(2), EMBED)
+    assert dispatcher.lost(req(1)) == [Assign(req(2), A, 1, 0.0)]
+
+
 def test_a_lost_request_returns_to_its_agent_when_the_other_is_full(dispatcher: WatchedDispatcher) -> None:
     serve(dispatcher, a=1, b=1)
     dispatcher.submit(req(1))
@@ -210,11 +219,27 @@ def test_an_agent_that_refused_is_open_again_when_it_serves_anew(dispatcher: Wat
     assert dispatcher.agent_up(view(A, capacity=4)) == [Assign(req(1), A, 1, 0.0)]
 
 
+def test_a_refusal_from_before_it_served_anew_holds_nothing_back(dispatcher: WatchedDispatcher) -> None:
+    serve(dispatcher, a=1)
+    dispatcher.submit(req(1))
+    dispatcher.agent_up(view(A, connected=False))
+    dispatcher.agent_up(view(A))
+    assert dispatcher.refused(req(1), 1) == [Assign(req(1), A, 1, 0.0)]
+
+
+def test_an_agent_that_names_no_slot_is_not_open_for_that(dispatcher: WatchedDispatcher) -> None:
+    serve(dispatcher, a=4)
+    dispatcher.submit(req(1))
+    dispatcher.refused(req(1), None)
+    assert dispatcher.slots_free(A, 0) == []
+
+
 def test_an_agent_that_refused_is_open_again_when_it_has_more_capacity(dispatcher: WatchedDispatcher) -> None:
     serve(dispatcher, a=4)
     dispatcher.submit(req(1))
     dispatcher.refused(req(1), 4)
     assert dispatcher.agent_up(view(A, capacity=5)) == [Assign(req(1), A, 1, 0.0)]
+    assert dispatcher.real.statistics().agents[A].refused_in_flight is None
 
 
 def test_a_refusal_by_an_agent_that_moved_on_parks_for_the_old_endpoint(dispatcher: WatchedDispatcher) -> None:

@@ -124,6 +124,15 @@ def test_what_is_unknown_changes_nothing(dispatcher: WatchedDispatcher) -> None:
     assert dispatcher.slots_free(B, 1) == []
 
 
+def test_the_deadline_of_an_earlier_stay_ends_no_later_one(dispatcher: WatchedDispatcher) -> None:
+    fill(dispatcher, parked=1)
+    dispatcher.finished(req(1), now=2.0)
+    dispatcher.agent_up(view(A, connected=False), now=3.0)
+    assert dispatcher.lost(req(2), now=20.0) == []
+    assert dispatcher.expire(now=31.0) == []
+    assert dispatcher.real.next_deadline() == 50.0
+
+
 def test_stale_deadlines_do_not_pile_up(dispatcher: WatchedDispatcher) -> None:
     fill(dispatcher)
     dispatcher.submit(req(2), now=0.0)  # parked for the whole test, so its entry stays on top

@@ -45,6 +45,13 @@ async def idle(dial: Dial, channel: str) -> AsyncIterator[Idle]:
         context.term()
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection is shut for its age."""
+    monkeypatch.setattr(links, "UNATTACHED_S", 3_600.0)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("channel", ["control", "streaming"])
 @pytest.mark.parametrize("linked", [True, False], ids=["beside its link", "without a link"])
 async def test_every_connection_of_a_revoked_agent_is_shut(channel: str, linked: bool) -> None:
@@ -57,6 +64,7 @@ async def test_every_connection_of_a_revoked_agent_is_shut(channel: str, linked:
         assert rig.serving("b")
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_revocation_costs_no_other_agent_its_link_not_even_one_that_is_dialling() -> None:
     async with Rig("a", "b") as rig, idle(rig.dial("a"), "control") as connection, AgentStub(rig.dial("b")) as b:
         # Its sockets are connecting in this very moment.

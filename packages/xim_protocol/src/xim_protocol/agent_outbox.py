@@ -128,10 +128,10 @@ class AgentOutbox:
                 entries, size = [], 0
         if entries:
             yield entries
-        # Who got nothing this time comes first next time.
         if self.sender.room:
-            self._dirty = unserved | served
+            self._dirty = served
         else:
+            # Who got nothing this time comes first next time.
             self._blocked = self._blocked | unserved | served
 
     def _take_turn(self, stream: AgentStream, entries: list[Entry]) -> int:

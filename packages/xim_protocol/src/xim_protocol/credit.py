@@ -102,7 +102,7 @@ class CreditSender:
         Bytes that were not sent are freed with `unsent_too` alone, while there is no link.
         """
         self._free(self._kept, self.produced - size)
-        if unsent_too and not self._kept:
+        if unsent_too:
             self._free(self._unsent, self.produced - size)
 
     def _free(self, payloads: deque[bytes], offset: int) -> None:
