@@ -430,3 +430,33 @@ def test_a_renewal_leaves_when_it_is_due() -> None:
     assert [agent.handle_timeout(9.9), said(agent)] == [[], []]
     agent.handle_timeout(10.0)
     assert [type(message) for message in said(agent)] == [Renew]
+
+
+def test_a_piece_of_a_body_that_was_cancelled_brings_nothing() -> None:
+    agent = opened()
+    take(agent, submit(None, 70_000))
+    agent.continue_body(ONE)
+    take(agent, Body(stream=ONE, offset=0, payload=b"x" * 65_536), Channel.STREAMING)
+    take(agent, Cancel(stream=ONE, reason=CancelReason.CLIENT_LEFT))
+    assert take(agent, Body(stream=ONE, offset=65_536, payload=b"x" * 4_464), Channel.STREAMING) == []
+
+
+def test_slots_wait_until_requests_may_come() -> None:
+    agent = session()
+    heard = [agent.announce_slots(1)]
+    agent.connect(0.0)
+    heard.append(agent.announce_slots(1))
+    take(agent, WELCOME)
+    heard.append(agent.announce_slots(1))
+    take(agent, Attached(session=WELCOME.session), Channel.STREAMING)
+    heard.append(agent.announce_slots(1))
+    assert heard == [False, False, False, True]
+
+
+def test_attached_is_waited_for_from_the_welcome_on() -> None:
+    agent = session()
+    agent.connect(0.0)
+    take(agent, WELCOME, now=5.0)
+    assert agent.next_deadline() == 10.0  # the renewal
+    assert agent.handle_timeout(5.0 + ANSWER_TIMEOUT_S - 0.1) == []
+    assert agent.handle_timeout(5.0 + ANSWER_TIMEOUT_S) == [LinkFailed(channel=Channel.STREAMING)]

@@ -282,6 +282,38 @@ def test_a_stream_that_stalls_without_a_link_waits_from_the_next_one() -> None:
     assert StreamFailed(stream=StreamId(1), code=FailCode.STALLED) in wire.advance(0.1)
 
 
+IMPATIENT = FlowControl(stall_timeout_ms=5_000)
+
+
+def test_a_stalled_stream_that_ended_is_not_failed_once_more() -> None:
+    party = Party(IMPATIENT, 1)
+    party.round(65_537, readers=set())
+    party.wire.agent.fail(StreamId(1), FailCode.ENGINE_BROKEN, "", retryable=False)
+    party.wire.agent.gather()
+    assert not [event for event in party.wire.advance(6.0) if isinstance(event, StreamFailed)]
+    party.wire.settle()
+    assert getattr(party.wire.router_events[-1], "code", None) == FailCode.ENGINE_BROKEN
+
+
+@pytest.mark.parametrize("attaching", [False, True])
+def test_nothing_stalls_while_a_link_is_on_its_way(attaching: bool) -> None:
+    party = Party(IMPATIENT, 1)
+    wire = party.wire
+    party.round(65_537, readers=set())
+    wire.now += 4.0
+    wire.drop()
+    wire.agent.connect(wire.now)
+    if attaching:
+        wire.collect()
+        wire.deliver_to_router(Channel.CONTROL)
+        wire.collect()
+        wire.deliver_to_agent(Channel.CONTROL)
+        assert wire.agent.link is Link.ATTACHING
+    wire.now += 2.0
+    wire.agent.handle_timeout(wire.now)
+    assert wire.agent.is_live(StreamId(1))
+
+
 # --- Without flow control -------------------------------------------------------------------------------------------
 
 OFF = FlowControl(enabled=False)

@@ -91,17 +91,21 @@ class SessionsMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.router_is_open)
     @rule(target=contexts, body_bytes=st.sampled_from([2, 2, 2, 65_536, 65_537, 1_700_000]))
     def submit(self, body_bytes: int) -> str:
+        return self.ask(body_bytes)
+
+    def ask(self, body_bytes: int) -> str:
         context = f"request-{len(self.clients)}"
         body = content(context, 0, body_bytes)
         self.clients[context] = Client(stream=self.wire.submit(context, body), body=body)
         return context
 
     @precondition(lambda self: self.router_is_open)
-    @rule(targets=(contexts,), size=st.integers(1, 6_000))
+    @rule(target=contexts, size=st.integers(1, 6_000))
     def submit_and_answer(self, size: int) -> str:
         """A request that is on its way: most of what can go wrong does so from here on."""
-        context = self.submit(2)
-        self.settle()
+        context = self.ask(2)
+        self.wire.settle()
+        self.hear()
         for stream, work in list(self.work.items()):
             if work.context == context:
                 self.proceed(stream, size)
