@@ -30,7 +30,13 @@ async def server(answerer: Answerer, *, started: bool = True) -> AsyncIterator[i
 
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http="httptools", lifespan="off", log_config=None, access_log=False, proxy_headers=False
+        app,
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        timeout_keep_alive=3_600,  # what is to be closed is closed at once, or these tests wait for it
     )
     running = _Server(config)
     async with asyncio.TaskGroup() as tasks:

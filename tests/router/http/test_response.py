@@ -12,6 +12,7 @@ from tests.support.programs import PATIENCE_S
 from xim_protocol.messages import FailCode
 from xim_protocol.routes import ROUTES_BY_PATH
 from xim_router.dispatch.effects import Rejection
+from xim_router.http.direct import NoDirectWay
 from xim_router.http.response import FAILURES, HttpResponse, ResponseBuffers
 from xim_router.telemetry.metrics import HotCounters
 
@@ -106,6 +107,23 @@ class Case:
                 await self.client.took()
 
 
+class Direct(NoDirectWay):
+    """A direct way that takes everything as soon as it is `open`."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.aborted = False
+
+    def write(self, payload: bytes) -> bool:
+        return self.open
+
+    def finish(self, payload: bytes) -> bool:
+        return self.open
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
 @contextmanager
 def closed(case: Case) -> Iterator[Case]:
     """At the end the handler closes the response, which must hold nothing then."""
@@ -153,6 +171,7 @@ async def test_a_whole_body_leaves_at_its_end_with_its_length() -> None:
         assert case.put(b" 1}") == 3
         assert not case.client.messages
         assert case.response.end() is None
+        assert case.hot.buffered_bytes == 0
         assert (case.client.status, case.client.body) == (400, b'{"a": 1}')
         assert case.client.headers["content-length"] == "8"
         assert case.client.headers["content-type"] == "application/json"
@@ -415,10 +434,34 @@ async def test_a_failure_behind_held_chunks_waits_its_turn() -> None:
 
 async def test_a_plain_body_that_fails_after_its_first_byte_is_never_finished() -> None:
     with closed(Case(bound=4)) as case:
+        direct = case.response._direct = Direct()
         case.response.start(200, "application/json")
         case.put(b"12345")
         assert case.response.fail(FailCode.AGENT_LOST, "") == "agent_lost"
         assert not case.client.finished
+        assert direct.aborted
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (FailCode.STALLED, (504, "stalled")),
+        (FailCode.ENGINE_UNAVAILABLE, (503, "engine_unavailable")),
+        (FailCode.ENGINE_BROKEN, (502, "engine_error")),
+        (FailCode.AGENT_LOST, (502, "agent_lost")),
+        (FailCode.OUTRUN, (502, "agent_lost")),
+        (FailCode.BODY_INVALID, (400, "invalid_body")),
+        (FailCode.TIME_UP, (504, "request_timeout")),
+        (FailCode.INTERNAL, (502, "engine_error")),
+    ],
+)
+async def test_a_failure_before_the_first_byte_is_a_status(failure: FailCode, told: tuple[int, str]) -> None:
+    with closed(Case()) as case:
+        case.response.start(200, "application/json")
+        case.put(b"half")
+        case.response.fail(failure, "")
+        assert case.hot.buffered_bytes == 0
+        assert (case.client.status, json.loads(case.client.body)["error"]["code"]) == told
 
 
 @pytest.mark.parametrize("reason", list(Rejection))
@@ -455,6 +498,63 @@ async def test_a_silent_event_stream_is_pinged_at_every_second_look_and_at_a_bou
         assert case.client.body.endswith(DONE)
         # Comments of the router's own are no bytes of the engine.
         assert case.credited == case.received
+
+
+async def test_a_stream_that_said_something_since_the_last_look_is_not_silent() -> None:
+    with closed(Case()) as case:
+        case.response.start(200, SSE)
+        for _ in range(3):
+            case.put(b"data: 1\n\n")
+            case.response.ping()
+        assert case.client.body == b"data: 1\n\n" * 3
+
+
+async def test_a_client_that_has_something_to_take_is_not_pinged() -> None:
+    with closed(Case()) as case:
+        case.response.start(200, SSE)
+        case.put(b"data: 1\n\n")
+        case.client.stop()
+        case.put(b"data: 2\n\n")
+        case.response.ping()
+        case.response.ping()
+        case.client.read()
+        await case.settled()
+        assert case.client.body == b"data: 1\n\ndata: 2\n\n"
+
+
+async def test_nothing_overtakes_what_a_slow_client_is_still_to_take() -> None:
+    """The connection may take bytes again before the task that has the older ones gets its turn."""
+    with closed(Case()) as case:
+        direct = case.response._direct = Direct()
+        case.response.start(200, SSE)
+        case.put(b"data: 1\n\n")
+        case.client.stop()
+        case.put(b"data: 2\n\n")
+        case.client.read()
+        direct.open = True
+        case.put(DONE)
+        case.response.end()
+        await case.settled()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert case.client.body == b"data: 1\n\ndata: 2\n\n" + DONE
+        assert case.client.finished
+
+
+async def test_credit_that_was_held_back_comes_with_the_bytes_it_is_for() -> None:
+    turn = asyncio.Semaphore(1)
+
+    async def one_at_a_time(message: Message) -> None:
+        await turn.acquire()
+
+    with closed(Case(bound=0, send=one_at_a_time)) as case:
+        case.response.start(200, SSE)
+        assert case.put(b"data: 1\n\n") == 0
+        assert case.put(b"data: 2\n\n") == 0
+        turn.release()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert case.credited == 9
 
 
 @pytest.mark.parametrize("total", [1_000_000, 0])

@@ -176,7 +176,6 @@ class HttpResponse:
         self._release(self._held)
         self._body.clear()
         self._head = self._boundary = None
-        self._event_stream = False
 
     # --- What the router says --------------------------------------------------------------------------------------
 
