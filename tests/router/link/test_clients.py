@@ -9,7 +9,7 @@ from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import SSE, AgentStub, Work, hold
 from tests.support.programs import PATIENCE_S
 from tests.support.stopwatch import Stopwatch
-from xim_protocol.messages import CancelReason, FlowControl
+from xim_protocol.messages import CancelReason, FailCode, FlowControl, RefusalReason
 
 DONE = b"data: [DONE]\n\n"
 WINDOW = FlowControl().window_bytes
@@ -85,6 +85,29 @@ async def test_a_client_that_leaves_a_whole_answer_half_made_cancels_the_work() 
         await rig.idle()
 
 
+async def test_a_client_that_leaves_while_its_request_waits_for_a_second_attempt_takes_nothing_with_it() -> None:
+    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
+        async with await rig.call():
+            work = await agent.work()
+            work.fail(FailCode.ENGINE_UNAVAILABLE, retryable=True)
+            await rig.parked(1)
+        await rig.parked(0)
+        assert rig.broker.open_exchanges == 0
+
+
+async def test_a_request_that_is_refused_when_its_client_has_left_goes_nowhere_else() -> None:
+    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
+        async with await rig.call():
+            work = await agent.work()
+            agent.silent = True  # it has not heard yet that the client left
+        await until(lambda: not rig.broker.in_flight)
+        assert next(iter(rig.broker._exchanges.values())).body == b""
+        work.refuse(RefusalReason.AT_CAPACITY)
+        agent.silent = False
+        await rig.idle()
+        assert len(agent.works) == 1
+
+
 async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_request() -> None:
     async with Rig("a") as rig, rig.agent("a") as agent:
         async with await rig.call(b'{"model": "chat"', content_length="1000") as call:
@@ -141,7 +164,8 @@ async def test_a_client_that_reads_late_gets_every_byte() -> None:
     body = lines(2 * SLACK_BYTES) + DONE
     async with (
         Rig("a", response_buffer_bytes=65_536) as rig,
-        rig.agent("a", serve=lambda work: work.answer(body, content_type=SSE)) as agent,
+        # Its renewals would carry the credit along otherwise, ten seconds later.
+        rig.agent("a", serve=lambda work: work.answer(body, content_type=SSE), lease_s=300.0) as agent,
         await rig.call(receive_buffer_bytes=4_096) as slow,
     ):
         work = await agent.work()

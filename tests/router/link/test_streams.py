@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.router.link.rig import Rig
+from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import Work
 from tests.support.http_client import Unfinished
 from tests.support.programs import PATIENCE_S
@@ -37,3 +37,16 @@ async def test_a_plain_body_that_breaks_off_after_its_first_byte_closes_the_conn
             with pytest.raises(Unfinished):
                 await call.rest()
         assert call.status == 200
+
+
+async def test_an_agent_is_told_to_forget_a_stream_without_waiting_for_other_news() -> None:
+    async with Rig("a") as rig, rig.agent("a", lease_s=300.0) as agent:
+        await rig.ask()
+        await agent.until(lambda: not agent.session.statistics().streams)
+
+
+async def test_a_kept_connection_owes_nothing_between_two_requests() -> None:
+    """The handler of the first has returned, though the client stays."""
+    async with Rig("a") as rig, rig.agent("a"), await rig.call() as call:
+        await call.rest()
+        await until(lambda: not rig._server.server_state.tasks)
