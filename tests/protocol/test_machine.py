@@ -334,7 +334,7 @@ class SessionsMachine(RuleBasedStateMachine):
         if not hasattr(self, "wire"):
             return
         self.open_link()
-        for _ in range(10_000):
+        for _ in range(1_000):
             self.wire.settle()
             self.hear()
             if all(client.ends for client in self.clients.values()) and not self.work:

@@ -125,10 +125,15 @@ def test_what_is_unknown_changes_nothing(dispatcher: WatchedDispatcher) -> None:
 
 
 def test_the_deadline_of_an_earlier_stay_ends_no_later_one(dispatcher: WatchedDispatcher) -> None:
-    fill(dispatcher, parked=1)
+    dispatcher.register(enrolled(A), enrolled(B, EMBED))
+    dispatcher.agent_up(view(A))
+    dispatcher.submit(req(9), EMBED, now=0.0)  # with the earliest deadline of all
+    dispatcher.submit(req(1), now=1.0)
+    dispatcher.submit(req(2), now=1.0)
     dispatcher.finished(req(1), now=2.0)
     dispatcher.agent_up(view(A, connected=False), now=3.0)
     assert dispatcher.lost(req(2), now=20.0) == []
+    assert dispatcher.expire(now=30.0) == [Reject(req(9), Rejection.QUEUE_TIMEOUT, 30.0)]
     assert dispatcher.expire(now=31.0) == []
     assert dispatcher.real.next_deadline() == 50.0
 
