@@ -18,7 +18,12 @@ ONLY_IN = {
     "aiohttp": {"xim_agent/link/enrollment.py", "xim_agent/telemetry/server.py"},
     "uvicorn": {"xim_router/app.py", "xim_router/http/direct.py", "xim_router/http/protocol.py"},
     "msgpack": {"xim_protocol/codec.py"},
-    "msgspec": {"xim_router/http/request.py", "xim_router/telemetry/logs.py"},
+    "msgspec": {
+        "xim_agent/engine/body.py",
+        "xim_agent/engine/usage.py",
+        "xim_router/http/request.py",
+        "xim_router/telemetry/logs.py",
+    },
     "httptools": {"xim_agent/engine/http.py"},
     "vllm": set(),
     "xim_agent.app": {"xim_agent/cli.py"},

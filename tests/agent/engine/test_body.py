@@ -4,11 +4,23 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xim_agent.engine.body import BodyInvalid, PreparedBody, prepare_body
 from xim_protocol.routes import ROUTES_BY_PATH
 
 CHAT = "/v1/chat/completions"
+
+NAMES = st.one_of(st.sampled_from(["model", "stream", "cache_salt", "stream_options", "messages"]), st.text())
+LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner), max_leaves=10)
+BODIES = st.builds(
+    lambda fields, ascii_only, indent: json.dumps(fields, ensure_ascii=ascii_only, indent=indent).encode(),
+    st.dictionaries(NAMES, VALUES),
+    st.booleans(),
+    st.sampled_from([None, 2]),
+)
 
 
 def salt(client: str | None) -> str:
@@ -106,7 +118,15 @@ def test_the_responses_api_reports_by_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b'"x"', b"{", b"\xff{}", b"[" * 100_000, b'{"a":' * 100_000, b'{"n":' + b"9" * 5000 + b"}"]
+    "body",
+    [
+        *(b"", b"[]", b'"x"', b"{", b"\xff{}", b'{"a":"\xff"}', b'{"a":[1,]}', b'{"a":01}', b"[" * 100_000),
+        *(
+            b'{"a":' * 100_000,
+            b'{"cache_salt":' + b"9" * 5000 + b"}",
+            b'{"stream":true,"stream_options":' + b"9" * 5000 + b"}",
+        ),
+    ],
 )
 def test_what_is_no_json_object_is_refused_and_not_repeated(body: bytes) -> None:
     with pytest.raises(BodyInvalid) as refused:
@@ -118,3 +138,46 @@ def test_odd_but_legal_json_keeps_its_meaning() -> None:
     body = b'\xef\xbb\xbf{"a":"\\ud800","b":1e400,"c":0.1,"d":12345678901234567890}'
     seen = json.loads(prepared(body).body)
     assert (seen["a"], seen["b"], seen["c"], seen["d"]) == ("\ud800", float("inf"), 0.1, 12345678901234567890)
+
+
+def test_values_reach_the_engine_as_they_were_written() -> None:
+    body = prepared(
+        b'{"temperature" : 0.10, "big":123456789012345678901234567890, "text":"\\u00e9\xc3\xa9", "e":1E-7}'
+    ).body
+    assert b'"temperature":0.10,"big":123456789012345678901234567890,"text":"\\u00e9\xc3\xa9","e":1E-7' in body
+
+
+@given(BODIES)
+def test_the_engine_sees_the_clients_fields_and_our_three(body: bytes) -> None:
+    sent = json.loads(body)
+    seen = json.loads(prepared(body).body)
+    ours = {"model", "cache_salt", "stream_options"}
+    assert {name: seen[name] for name in seen.keys() - ours} == {name: sent[name] for name in sent.keys() - ours}
+    assert seen["model"] == "served"
+    if sent.get("cache_salt") is None or (isinstance(sent["cache_salt"], str) and sent["cache_salt"]):
+        assert seen["cache_salt"] == f"salt({sent.get('cache_salt')})"
+    else:
+        assert seen["cache_salt"] == sent["cache_salt"]
+    assert (prepared(body).sent_fields, prepared(body).engine_fields) == (len(sent), len(seen))
+
+
+@given(BODIES, st.data())
+def test_however_a_body_is_broken_no_foreign_salt_gets_through(body: bytes, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(body)))
+    broken = (
+        body[:at] + data.draw(st.binary(max_size=3) | st.sampled_from([b'"', b"}", b'{"', b",", b"\\"])) + body[at:]
+    )
+    try:
+        seen = json.loads(prepared(broken).body)
+    except BodyInvalid:
+        return
+    assert seen["model"] == "served"
+    assert (
+        str(seen["cache_salt"]).startswith("salt(") or not isinstance(seen["cache_salt"], str) or not seen["cache_salt"]
+    )
+
+
+@given(st.text(st.characters(categories=["Cs"]), min_size=1, max_size=1))
+def test_names_and_values_that_unicode_forbids_stay(odd: str) -> None:
+    seen = json.loads(prepared(json.dumps({odd: odd}).encode()).body)
+    assert seen[odd] == odd

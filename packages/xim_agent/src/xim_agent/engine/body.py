@@ -1,21 +1,26 @@
 """What the agent changes in a request's body: `cache_salt`, `model` and `stream_options`, and nothing else.
 
 The body is parsed and written again rather than spliced: of a duplicate key the last one counts in vLLM, and a
-client's own salt must not. Bodies over 64 KiB belong in a thread; everything here is pure.
+client's own salt must not. Only the object itself is built; the values of its fields stay the client's own bytes, which
+is a tenth of the time. Bodies over 64 KiB belong in a thread; everything here is pure.
 """
 
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
+
+import msgspec
 
 from xim_protocol.routes import Route, TerminalEvent
 
 THREAD_BYTES = 64 * 1024
 """Bodies longer than this take over a millisecond: the caller prepares them in a thread."""
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
-"""Writes ASCII: a lone surrogate, legal in JSON, cannot be written in UTF-8."""
+Fields = dict[str, bytes | msgspec.Raw]
+"""A body's fields by name, each value as JSON."""
+_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _MISSING_FIELD = re.compile(rb"('loc': 'body\.[^.']+', 'msg': 'Field required', 'input': '<dict of )(\d+) items>'")
 """Of a top-level field; what is missing further down counts the fields of another object."""
 
@@ -64,10 +69,10 @@ def prepare_body(body: bytes, *, route: Route, model: str, salt: Callable[[str |
     """
     fields = _parse(body)
     sent_fields = len(fields)
-    fields["model"] = model
+    fields["model"] = _quoted(model)
     if route.cache_salt:
         _set_salt(fields, salt)
-    stream = fields.get("stream") is True and route.terminal is not TerminalEvent.NONE
+    stream = bytes(fields.get("stream", b"")) == b"true" and route.terminal is not TerminalEvent.NONE
     take_usage_out = stream and route.stream_options and _ask_for_usage(fields)
     return PreparedBody(
         body=_written(fields),
@@ -78,48 +83,76 @@ def prepare_body(body: bytes, *, route: Route, model: str, salt: Callable[[str |
     )
 
 
-def _parse(body: bytes) -> dict[str, object]:
+def _parse(body: bytes) -> Fields:
+    try:
+        str(body, "utf-8", "surrogatepass")  # what stays as it is is not looked into for that
+        return {**_decode(body)}
+    except ValueError:
+        return _parse_odd(body)
+    except RecursionError as error:
+        raise BodyInvalid("the body is nested too deeply") from error
+
+
+def _parse_odd(body: bytes) -> Fields:
+    """What `json` knows beyond the standard, as the engine does: lone surrogates, NaN, UTF-16."""
     try:
         fields = json.loads(body)
+        if isinstance(fields, dict):
+            return {name: _json(value) for name, value in fields.items()}
     except ValueError as error:  # malformed, wrongly encoded, or a number of thousands of digits
         raise BodyInvalid("the body is not valid JSON") from error
     except RecursionError as error:
         raise BodyInvalid("the body is nested too deeply") from error
-    if not isinstance(fields, dict):
-        raise BodyInvalid("the body is not a JSON object")
-    return fields
+    raise BodyInvalid("the body is not a JSON object")
 
 
-def _written(fields: dict[str, object]) -> bytes:
-    try:
-        return _ENCODER.encode(fields).encode("ascii")
-    except RecursionError as error:
-        raise BodyInvalid("the body is nested too deeply") from error
+def _json(value: object) -> bytes:
+    # ASCII: a lone surrogate, legal in JSON, cannot be written in UTF-8.
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
-def _set_salt(fields: dict[str, object], salt: Callable[[str | None], str]) -> None:
+def _quoted(text: str) -> bytes:
+    return encode_basestring_ascii(text).encode("ascii")
+
+
+def _written(fields: Fields) -> bytes:
+    return b"{%b}" % b",".join([b"%b:%b" % (_quoted(name), value) for name, value in fields.items()])
+
+
+def _set_salt(fields: Fields, salt: Callable[[str | None], str]) -> None:
     """Replace the client's salt by the tenant's, into which it is folded.
 
     An empty one and one of another type stay: vLLM 0.32 refuses both in its own words, on every route that knows
     the field, before it touches the cache.
     """
-    sent = fields.get("cache_salt")
+    sent = _value(fields, "cache_salt")
     if sent is None or (isinstance(sent, str) and sent):
-        fields["cache_salt"] = salt(sent)
+        fields["cache_salt"] = _quoted(salt(sent))
 
 
-def _ask_for_usage(fields: dict[str, object]) -> bool:
+def _ask_for_usage(fields: Fields) -> bool:
     """Have the engine report usage; True when the client did not ask for it.
 
     Options that vLLM refuses stay as they are, and so does an answer in its own words.
     """
-    options = fields.get("stream_options")
+    options = _value(fields, "stream_options")
     if options is None:
-        options = {}
+        fields["stream_options"] = b'{"include_usage":true}'
+        return True
     if not isinstance(options, dict) or options.get("include_usage") not in (None, False):
         return False
-    fields["stream_options"] = {**options, "include_usage": True}
+    asked = {**options, "include_usage": True}
     if "continuous_usage_stats" in options:
         # Without include_usage vLLM ignores it; with ours it would put usage into every event.
-        fields["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
+        asked["continuous_usage_stats"] = False
+    fields["stream_options"] = _json(asked)
     return True
+
+
+def _value(fields: Fields, name: str) -> object:
+    """A field's value, None where there is none."""
+    found = fields.get(name)
+    try:
+        return None if found is None else json.loads(bytes(found))
+    except ValueError as error:  # a number of thousands of digits
+        raise BodyInvalid("the body is not valid JSON") from error

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from xim_protocol.messages import Usage
 
 MARK = b'"usage":{'
@@ -23,6 +25,7 @@ REPORT_BYTES = 64 * 1024
 """A report is a few hundred bytes, a last event with many logprobs some thousand; what is longer is not held back."""
 KEPT_BYTES = 1024 * 1024
 """An event or a body longer than this is not read for its usage; usage is then unknown."""
+_decode = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +234,7 @@ def _event_fields(event: bytes) -> Mapping[str, object] | None:
 
 def _object(data: bytes | bytearray) -> Mapping[str, object] | None:
     try:
-        fields = json.loads(data)
+        fields = _decode(data)
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
