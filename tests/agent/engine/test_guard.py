@@ -1,5 +1,6 @@
 """The guard: whatever becomes of the agent, nothing of the engine stays behind."""
 
+import contextlib
 import json
 import os
 import select
@@ -74,7 +75,8 @@ def start() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     yield popen
     for process in started:
         for pid in guard.members_of(process.pid, guard.processes()):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # gone since it was listed
+                os.kill(pid, signal.SIGKILL)
         if process.poll() is None:
             process.kill()
         process.communicate()
