@@ -16,7 +16,7 @@ import msgspec
 from xim_protocol.routes import Route, TerminalEvent
 
 THREAD_BYTES = 64 * 1024
-"""Bodies longer than this take over a millisecond: the caller prepares them in a thread."""
+"""Bodies longer than this take over a millisecond where `json` has to read them: they are prepared in a thread."""
 
 Fields = dict[str, bytes | msgspec.Raw]
 """A body's fields by name, each value as JSON."""
