@@ -177,6 +177,7 @@ class Rig:
             "parked": statistics.parked,
             "slots": sum(agent.in_flight for agent in statistics.agents.values()),
             "bytes": self.metrics.hot.buffered_bytes,
+            "watched": len(self.inference.watch._entries),
             "streams": sum(link.session.statistics().streams for link in self.links.values()),
         }
         return {name: count for name, count in held.items() if count}

@@ -15,6 +15,7 @@ from xim_protocol.agent_config import hello_of
 from xim_protocol.codec import encode
 from xim_protocol.messages import (
     AgentState,
+    Channel,
     Expired,
     FailCode,
     GoodbyeCode,
@@ -282,6 +283,39 @@ async def test_an_agent_that_was_told_expired_says_hello_anew_and_serves() -> No
         await agent.drop()
         agent.connect()
         assert (await call.rest()).json() == {"again": True}
+
+
+async def test_an_agent_is_told_that_its_lease_is_over() -> None:
+    async with Rig("a") as rig, rig.agent("a") as agent:
+        rig.broker._leases.postpone(-1_000.0)
+        rig.broker._timer_deadline = agent.now()
+        rig.broker._on_timer()
+        await agent.until(lambda: agent.expirations == 1)
+
+
+async def test_a_router_that_stood_still_expires_nobody_for_it() -> None:
+    async with Rig("a") as rig, rig.agent("a"):
+        rig.broker._leases.postpone(-1_000.0)
+        rig.broker._timer_deadline = asyncio.get_running_loop().time() - 1_000.0
+        rig.broker._on_timer()
+        assert rig.serving("a")
+
+
+async def test_a_renewal_that_has_arrived_counts_though_nobody_has_read_it() -> None:
+    async with Rig("a") as rig, rig.agent("a") as agent:
+        agent.set_state(AgentState.READY)
+        assert rig.transport._sockets[Channel.CONTROL].poll(round(PATIENCE_S * 1000))  # waits without the loop
+        rig.broker._leases.postpone(-1_000.0)
+        rig.broker._timer_deadline = agent.now()
+        rig.broker._on_timer()
+        assert rig.serving("a")
+
+
+async def test_an_agent_that_still_serves_what_was_assigned_before_gets_nothing() -> None:
+    async with Rig("a") as rig, rig.agent("a", served_model="what was before") as agent:
+        assert not rig.serving("a")
+        agent.set_state(AgentState.READY, served_model="chat")
+        await until(lambda: rig.serving("a"))
 
 
 # --- Lost links ----------------------------------------------------------------------------------------------------

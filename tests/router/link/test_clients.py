@@ -96,7 +96,7 @@ async def test_a_client_that_leaves_while_its_request_waits_for_a_second_attempt
 
 
 async def test_a_request_that_is_refused_when_its_client_has_left_goes_nowhere_else() -> None:
-    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
+    async with Rig("a", queue_timeout_s=3_600.0) as rig, rig.agent("a", serve=hold) as agent:
         async with await rig.call():
             work = await agent.work()
             agent.silent = True  # it has not heard yet that the client left
