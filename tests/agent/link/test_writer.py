@@ -219,6 +219,45 @@ async def test_a_write_to_a_stream_that_is_gone_says_so() -> None:
         await written.writer.write(stream, b"more")
 
 
+async def test_after_much_has_left_little_waits_again() -> None:
+    written = Written()
+    stream = written.stream()
+    await written.writer.write(stream, b"first")
+    await one_turn()
+    await written.writer.write(stream, bytes(FULL_BYTES))
+    left = len(written.batches)
+    await written.writer.write(stream, b"little")
+    assert len(written.batches) == left
+
+
+async def test_chunks_go_on_waiting_when_something_came_in() -> None:
+    written = Written()
+    stream = written.stream()
+    await written.writer.write(stream, b"first")
+    await one_turn()
+    await written.writer.write(stream, b"second")
+    written.writer.flush_pending()
+    assert len(written.batches) == 1
+
+
+async def test_nothing_is_kept_of_streams_that_are_over() -> None:
+    written = Written()
+    writer = written.writer
+    ended, failed, gone, waiting = (written.stream() for _ in range(4))
+    await writer.write(ended, b"all")
+    writer.end(ended, None)
+    writer.fail(failed, FailCode.ENGINE_BROKEN, "", retryable=True)
+    writing = asyncio.create_task(writer.write(waiting, bytes(65_537)))
+    await asyncio.wait({writing}, timeout=0.01)
+    written.wire.drop()
+    written.session.handle_timeout(1e9)  # the lease is over
+    for stream in (gone, waiting):
+        writer.gone(stream)
+    with pytest.raises(StreamGone):
+        await writing
+    assert (writer._opening, writer._event_streams, writer._waiters) == (set(), set(), {})
+
+
 async def test_without_flow_control_a_full_socket_is_the_brake() -> None:
     written = Written(flow=FlowControl(enabled=False))
     stream = written.stream()
