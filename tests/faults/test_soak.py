@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,7 +10,16 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.faults.parts import KIB, Networked, descriptors, load_on, networked, nothing_left, resident_bytes
+from tests.faults.parts import (
+    KIB,
+    Networked,
+    descriptors,
+    engine_runs,
+    load_on,
+    networked,
+    nothing_left,
+    resident_bytes,
+)
 from tests.support.accounts import Accounts
 from tests.support.load import GENERATING, Client, Ending
 from tests.support.programs import Program, eventually
@@ -107,6 +117,21 @@ async def many(net: Networked, source: random.Random, requests: int, sample: Cal
     return [ending for ending in endings if ending is not None]
 
 
+async def stand_still(net: Networked, node: Node) -> None:
+    """Let the router stand still in the middle of answers, as a busy machine does to it at any moment.
+
+    What arrives meanwhile is a backlog, whose place in the heap is made once and kept.
+    """
+    clients = await load_on(net.topology).open_many(2 * AT_ONCE, chunks=30, text_chars=200, interval_ms=20)
+    await asyncio.gather(*(client.begun for client in clients))
+    net.topology.router.send(signal.SIGSTOP)
+    try:
+        await engine_runs(net.topology, node, 0)
+    finally:
+        net.topology.router.send(signal.SIGCONT)
+    assert {(await client.done).ending for client in clients} == {Ending.WHOLE}
+
+
 def slope(samples: Sequence[tuple[int, int]]) -> float:
     """Bytes per hundred requests, by least squares over (requests, bytes)."""
     mean_x = sum(x for x, _ in samples) / len(samples)
@@ -132,6 +157,7 @@ async def test_after_many_requests_cancels_and_lost_links_everything_is_as_it_wa
 
         # What is made once, at first use, belongs to the start.
         await many(net, source, max(100, requests // 10), lambda over: None)
+        await stand_still(net, node)
         before = await at_rest(net, node)
         endings = await many(net, source, requests, sample)
         assert set(endings) == {Ending.WHOLE}, Counter(endings)
