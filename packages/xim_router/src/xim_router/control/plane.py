@@ -165,7 +165,7 @@ class ControlPlane:
 
     @property
     def stale_s(self) -> float:
-        """Seconds since the database last confirmed the published catalog; near 0 while all is well."""
+        """Seconds since the database last confirmed the published catalog; two at most while all is well."""
         return _started(self._publisher).stale_s
 
     @property
