@@ -27,7 +27,7 @@ def test_the_body_of_a_stream_that_ended_stops_at_once(end: tuple[object, ...]) 
     assert router.next_body() is None
 
 
-@pytest.mark.parametrize("ending", ["end", "cancel", "link", "session"])
+@pytest.mark.parametrize("ending", ["end", "cancel", "link", "forgotten", "session"])
 def test_credit_for_a_stream_that_is_over_is_not_hurried(ending: str) -> None:
     """Nothing of it would do harm; but each would be a message of its own."""
     wire, router = opened()
@@ -43,6 +43,10 @@ def test_credit_for_a_stream_that_is_over_is_not_hurried(ending: str) -> None:
             router.cancel(stream, CancelReason.CLIENT_LEFT)
         case "link":
             wire.restart_agent()
+            wire.connect()
+        case "forgotten":
+            wire.drop()
+            wire.agent.handle_timeout(1_000.0)  # its lease is over, the router's is not
             wire.connect()
         case "session":
             router.end(None)

@@ -136,10 +136,17 @@ async def test_the_heads_of_many_requests_on_one_connection_count_each_for_itsel
     async with Rig() as rig:
         large = HEAD + b"x: " + b"a" * (MAX_HEAD_BYTES // 2) + b"\r\n\r\n"
         last = HEAD + b"connection: close\r\n\r\n"
-        # In pieces that end in the middle of a head, with the end of another before.
+        # In pieces that end in the middle of a head, with the end of another before; a socket might join them.
         raw = large * 5 + last
-        found = await say(rig, *(raw[at : at + 40_000] for at in range(0, len(raw), 40_000)))
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.http_port)
+        await until(lambda: connections(rig))
+        (connection,) = connections(rig)
+        for at in range(0, len(raw), 40_000):
+            connection.data_received(raw[at : at + 40_000])
+        async with asyncio.timeout(PATIENCE_S):
+            found = answers_in(await reader.read())
         assert [answered.status for answered in found] == [200] * 6
+        writer.close()
 
 
 async def test_a_body_that_breaks_its_framing_is_told_so_once() -> None:
@@ -313,6 +320,31 @@ async def test_a_body_that_moves_is_waited_for_and_one_that_stands_still_is_not(
             await until(lambda before=before: connection._received >= before + protocol.LEAST_BODY_BYTES)  # type: ignore[misc]
             connection._on_overdue()
             assert connection._overdue is not None
+        connection.flow.pause_reading()  # it is the router that takes nothing now
+        connection._on_overdue()
+        assert connection._overdue is not None
+        connection.flow.resume_reading()
         connection._on_overdue()
         await call.rest()
         assert (call.status, call.code) == (408, "request_incomplete")
+
+
+async def test_a_body_that_trickles_is_not_waited_for() -> None:
+    async with Rig("a") as rig, await open_call(rig.http_port, POST_HALF) as call:
+        await until(lambda: any(each.cycle is not None for each in connections(rig)))
+        (connection,) = connections(rig)
+        before = connection._received
+        call.writer.write(b" ")
+        await until(lambda: connection._received > before)
+        connection._on_overdue()
+        await call.rest()
+        assert (call.status, call.code) == (408, "request_incomplete")
+
+
+async def test_what_still_comes_from_a_client_that_was_told_is_thrown_away() -> None:
+    async with Rig("a") as rig, await open_call(rig.http_port, b"GARBAGE\r\n\r\n") as call:
+        await call.rest()
+        assert call.status == 400
+        (connection,) = connections(rig)
+        connection.data_received(b"GARBAGE\r\n\r\n")
+        assert rig.count("xim_router_requests_refused_total", code="invalid_request") == 1
