@@ -356,6 +356,20 @@ async def test_a_link_that_is_broken_and_restored_within_the_lease_costs_no_byte
         assert all(welcome.resumed for welcome in agent.welcomes[1:])
 
 
+async def test_a_link_whose_loss_only_the_agent_noticed_is_replaced_by_its_next() -> None:
+    async with Rig("a") as rig, rig.agent("a") as agent:
+        older = list(agent._sockets.values())
+        agent.session.link_lost(agent.now())
+        agent.connect()
+        await agent.opened()
+        assert [len(bound) for bound in rig.broker._links._bound.values()] == [1, 1]
+        assert rig.count("xim_router_link_lost_total") == 1
+        for socket in older:
+            socket.disable_monitor()
+            socket.close(linger=0)
+        await until(lambda: rig.serving("a"))
+
+
 async def test_while_the_link_is_away_the_agent_is_expected_back_and_gets_what_waited() -> None:
     async with (
         Rig("a") as rig,
