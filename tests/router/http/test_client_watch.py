@@ -72,6 +72,18 @@ async def test_a_client_that_takes_nothing_is_cut_off_after_the_timeout() -> Non
     assert case.watch.unfinished == 0
 
 
+async def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Watched()
+
+    def gone() -> int:
+        raise OSError("gone")
+
+    monkeypatch.setattr(case.response, "waiting_bytes", gone)
+    with pytest.raises(OSError, match="gone"):
+        case.look()
+    assert case.watch._looked_at is not None
+
+
 async def test_a_client_that_takes_some_while_more_comes_moves() -> None:
     case = Watched()
     for second in range(20):

@@ -99,11 +99,14 @@ class ClientWatch:
     def _look(self) -> None:
         # A loop that stood still says nothing about clients: what is over two intervals is nobody's fault.
         elapsed_s = min(self._loop.time() - (self._looked_at or 0.0), 2 * self._look_s)
-        for entry in list(self._entries.values()):
-            self._look_at(entry, elapsed_s)
-        self._looked_at = None
-        if self._entries:
-            self._arm()
+        try:
+            for entry in list(self._entries.values()):
+                self._look_at(entry, elapsed_s)
+        finally:
+            # Also after an exception: nobody else would look again.
+            self._looked_at = None
+            if self._entries:
+                self._arm()
 
     def _look_at(self, entry: _Entry, elapsed_s: float) -> None:
         exchange, stalled_s = entry.exchange, self._hot.stalled_s
