@@ -81,7 +81,9 @@ async def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(case.response, "waiting_bytes", gone)
     with pytest.raises(OSError, match="gone"):
         case.look()
+    # The next look is a second from now.
     assert case.watch._looked_at is not None
+    assert case.watch._loop.time() - case.watch._looked_at < 1.0
 
 
 async def test_a_client_that_takes_some_while_more_comes_moves() -> None:
