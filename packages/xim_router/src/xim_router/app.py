@@ -288,7 +288,7 @@ def _http_config(
 
 def _metrics_config(registry: CollectorRegistry) -> uvicorn.Config:
     # What waits to be accepted is accepted at once, before any of it is ended.
-    few = partial(HttpProtocol, most_connections=METRICS_CONNECTIONS)
+    few = partial(HttpProtocol, crowd=Crowd(METRICS_CONNECTIONS, spares_requests=False))
     return _config(MetricsApp(registry), few, backlog=METRICS_CONNECTIONS)
 
 

@@ -1,7 +1,8 @@
 """How many connections a listener holds: one descriptor each, of which the whole process has so many.
 
 Whoever opens connections and asks for nothing keeps nobody else away: where there are too many, a newcomer ends the one
-that has been without a request for longest. Requests are never ended for it.
+that has been without a request for longest. Where requests are not spared it ends the oldest, whatever that does: on
+the metrics listener, where nobody needs a key, a request is no reason to stay.
 """
 
 import logging
@@ -24,11 +25,12 @@ class Connection(Protocol):
 class Crowd:
     """The connections of one listener; those without a request in the order in which they came to be so."""
 
-    __slots__ = ("_idle", "_most", "_warned_at")
+    __slots__ = ("_idle", "_most", "_spares_requests", "_warned_at")
 
-    def __init__(self, most: int) -> None:
-        """At most so many connections, or that many requests."""
+    def __init__(self, most: int, *, spares_requests: bool = True) -> None:
+        """At most so many connections."""
         self._most = most
+        self._spares_requests = spares_requests
         self._idle: dict[Connection, None] = {}
         self._warned_at = -WARN_S
 
@@ -43,7 +45,8 @@ class Crowd:
 
     def busy(self, connection: Connection) -> None:
         """A request has come on it."""
-        self._idle.pop(connection, None)
+        if self._spares_requests:
+            self._idle.pop(connection, None)
 
     def idle(self, connection: Connection) -> None:
         """Its request is answered."""

@@ -9,9 +9,7 @@ on a connection that is reused, and none per chunk of an answer.
 """
 
 import asyncio
-import itertools
 import logging
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +34,6 @@ LEAST_BODY_BYTES = 16 * 1024
 _BETWEEN_BYTES = len(b": \r\n")
 LINGER_S = 2.0
 """How long a client may go on sending after it was told that its request is none."""
-
-
-_NUMBERS = itertools.count()
-"""Of connections, in the order in which they were made."""
 
 
 class _HeadTooLarge(Exception):
@@ -72,32 +66,20 @@ class HttpProtocol(HttpToolsProtocol):
         self,
         *uvicorns: Any,
         refused: Callable[[str], None] = lambda _code: None,
-        most_connections: int | None = None,
-        crowd: Crowd | None = None,
+        crowd: Crowd,
         **more: Any,
     ) -> None:
-        """`refused` is told the code of every error that is answered here.
-
-        Where there are too many connections, a newcomer ends the oldest with `most_connections`, whatever it does; with
-        `crowd` one without a request.
-        """
+        """`refused` is told the code of every error that is answered here; `crowd` bounds the connections."""
         super().__init__(*uvicorns, **more)
         self.logger = _uvicorns_log
         self._refused = refused
-        self._most_connections = most_connections
         self._crowd = crowd
-        self._number = next(_NUMBERS)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came, and owes a request."""
         super().connection_made(transport)
         self._wait()
-        if self._most_connections is not None:
-            by_age = sorted(self.connections, key=operator.attrgetter("_number"))
-            for oldest in by_age[: -self._most_connections]:
-                oldest.transport.abort()
-        if self._crowd is not None:
-            self._crowd.came(self, len(self.connections))
+        self._crowd.came(self, len(self.connections))
 
     def end(self) -> None:
         """Close now, without flushing."""
@@ -106,8 +88,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._wait_no_more()
-        if self._crowd is not None:
-            self._crowd.left(self)
+        self._crowd.left(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -140,14 +121,13 @@ class HttpProtocol(HttpToolsProtocol):
         if too_large is not None:
             self._code = too_large
             raise _HeadTooLarge(too_large)
-        if self._crowd is not None:
-            self._crowd.busy(self)
+        self._crowd.busy(self)
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         """An answer is whole; of several requests in a row the last one counts."""
         super().on_response_complete()
-        if self._crowd is not None and self.cycle is not None and self.cycle.response_complete:
+        if self.cycle is not None and self.cycle.response_complete:
             self._crowd.idle(self)
 
     def send_400_response(self, msg: str) -> None:
