@@ -116,6 +116,7 @@ class Rig:
         self.http_port: int = self._listener.getsockname()[1]
         self._server = _Server(_http_config(self._front(), self.metrics.refused, Crowd(most_connections)))
         self._serving: asyncio.Task[None] | None = None
+        self._calls: list[Call] = []
         self.publish()
         for name in agents:
             self.register(name)
@@ -155,6 +156,9 @@ class Rig:
             if error is None:
                 await self.idle()
         finally:
+            # A failed test leaves its clients where they are, and an open connection keeps the loop from closing.
+            for call in self._calls:
+                call.leave()
             self.broker.shut()
             self._server.force_exit = True
             self._server.stop()
@@ -288,7 +292,9 @@ class Rig:
         if key is not None:
             fields["authorization"] = f"Bearer {key}"
         request = request_bytes(method, path, fields, raw)
-        return await open_call(self.http_port, request, receive_buffer_bytes=receive_buffer_bytes)
+        call = await open_call(self.http_port, request, receive_buffer_bytes=receive_buffer_bytes)
+        self._calls.append(call)
+        return call
 
     async def ask(self, body: Mapping[str, object] | bytes | None = None, **options: Any) -> Call:
         """Send one request and read its whole answer."""

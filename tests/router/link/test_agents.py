@@ -52,6 +52,8 @@ async def test_the_least_loaded_agent_gets_the_request() -> None:
         for number in range(12):
             calls.append(await rig.call())
             await until(lambda number=number: rig.broker.statistics().in_flight == number + 1)  # type: ignore[misc]
+        await a.work(7)
+        await b.work(3)
         assert (len(a.works), len(b.works)) == (8, 4)
         # Both are full, and nobody waits where several serve.
         full = await rig.ask()
