@@ -236,7 +236,7 @@ async def test_half_an_enrollment_is_told_that_it_came_too_late(
     enrolling.include_router(
         enroll_routes(cast(Enroller, SimpleNamespace(enroll=None)))
     )  # it is never asked: no body is ever whole
-    monkeypatch.setattr(Rig, "_front", lambda _rig: enrolling)
+    monkeypatch.setattr(Rig, "_control", lambda _rig: enrolling)
     async with Rig() as rig:
         (told,) = await say(rig, ENROLL_HALF)
         assert (told.status, told.code) == (408, "request_incomplete")

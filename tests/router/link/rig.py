@@ -127,9 +127,13 @@ class Rig:
         return len(self._server.server_state.connections)
 
     def _front(self) -> Front:
+        return Front(self.inference, self.broker, self._control(), self._readiness, self.metrics.refused)
+
+    def _control(self) -> FastAPI:
+        """In place of the control plane's application: one without routes."""
         control = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         install_error_handlers(control)
-        return Front(self.inference, self.broker, control, self._readiness, self.metrics.refused)
+        return control
 
     def _readiness(self) -> Readiness:
         statistics = self.broker.statistics()

@@ -163,7 +163,7 @@ class Router:
             gatekeeper.close(loop)
             context.destroy(linger=0)
 
-    async def _serve(self, broker: Broker, control: ControlPlane, front: ASGIApp, metrics: RouterMetrics) -> None:
+    async def _serve(self, broker: Broker, control: ControlPlane, front: Front, metrics: RouterMetrics) -> None:
         settings, loop = self._settings, asyncio.get_running_loop()
         crowd = Crowd(_most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
         http = _Server(_http_config(front, metrics.refused, crowd, self._tls))
@@ -275,11 +275,11 @@ def _tls(settings: RouterSettings) -> ssl.SSLContext | None:
 
 
 def _http_config(
-    front: ASGIApp, refused: Callable[[str], None], crowd: Crowd, tls: ssl.SSLContext | None = None
+    front: Front, refused: Callable[[str], None], crowd: Crowd, tls: ssl.SSLContext | None = None
 ) -> uvicorn.Config:
     return _config(
         front,
-        partial(HttpProtocol, refused=refused, crowd=crowd),
+        partial(HttpProtocol, refused=refused, crowd=crowd, take=front.take),
         # Longer than the usual idle timeout of a proxy in front, so that it is never we who close a reused connection.
         timeout_keep_alive=75,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from xim_protocol.routes import ROUTES_BY_PATH
+from xim_protocol.routes import ROUTES_BY_PATH, Route
 from xim_router.http.answer import Answer, send_answer
 from xim_router.http.errors import ApiError, answer, answered_error
 from xim_router.http.hints import MODELS_PATH
-from xim_router.http.inference import Inference, RequestIds, identify
+from xim_router.http.inference import Inference, RequestIds, UnderWay, identify
 from xim_router.http.models import get_model, list_models
 from xim_router.http.operations import Readiness, healthz, readyz
 from xim_router.link.broker import Broker
@@ -53,13 +53,23 @@ class Front:
             log.exception("request failed", extra=_facts(scope))
             await _send_error(send, ApiError("internal_error"), request_id, scope["method"])
 
+    def take(self, scope: Scope, body: bytes, send: Send) -> UnderWay | None:
+        """Relay a request that has arrived whole, at once; None where it is for `__call__` to serve, or to refuse.
+
+        Whoever calls says by `close` when it is over.
+        """
+        route, project, slug, _ = _sort(scope["path"])
+        if route is None or scope["method"] != "POST":
+            return None
+        identify(scope)
+        try:
+            return self._inference.take(scope, body, send, route, project, slug)
+        except Exception:
+            # Before anything was sent or opened: `__call__` meets the same again, and says it.
+            return None
+
     async def _route(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        path: str = scope["path"]
-        project = slug = None
-        route = ROUTES_BY_PATH.get(path)
-        if route is None:
-            project, slug, path = _split(path)
-            route = ROUTES_BY_PATH.get(path)
+        route, project, slug, path = _sort(scope["path"])
         if route is not None:
             _require_method(scope, "POST")
             await self._inference.relay(scope, receive, send, route, project, slug)
@@ -98,6 +108,15 @@ def _facts(scope: Scope) -> dict[str, object]:
     """What a log line says of a request that never became an exchange."""
     ids: RequestIds = scope["state"]["request_ids"]
     return {"request": ids.own, "client_request": ids.client, "path": scope["path"][:200]}
+
+
+def _sort(path: str) -> tuple[Route | None, str | None, str | None, str]:
+    """The relayed route that a path is for, if it is for one; project, endpoint, and the rest of the path."""
+    route = ROUTES_BY_PATH.get(path)
+    if route is not None:
+        return route, None, None, path
+    project, slug, path = _split(path)
+    return ROUTES_BY_PATH.get(path), project, slug, path
 
 
 def _split(path: str) -> tuple[str | None, str | None, str]:

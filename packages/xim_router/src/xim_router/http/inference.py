@@ -1,8 +1,9 @@
-"""The relayed routes: raw ASGI, from a client's request to an exchange at the broker.
+"""The relayed routes, from a client's request to an exchange at the broker.
 
 The body is read once and stays bytes; the broker drives the response from the sockets' callbacks (`HttpResponse`).
-This coroutine waits in `receive()` meanwhile, which returns when the client leaves or when the response is complete:
-one wait for both, and no task for either.
+A request that arrived whole needs nobody to wait for it: `take` does all there is to do, and the connection says when
+it is over. For every other one, `relay` is raw ASGI: it waits in `receive()`, which returns when the client leaves or
+when the response is complete, one wait for both.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from xim_router.http.errors import ApiError, new_request_id
 from xim_router.http.request import (
     Disconnected,
     RequestHead,
+    check_body_size,
     check_content_type,
     client_request_id,
     header,
@@ -61,6 +63,30 @@ class InferenceLimits:
     max_body_bytes: int
     request_timeout_s: float
     client_stall_timeout_s: float
+
+
+class UnderWay:
+    """A request at the broker, from its making to `close`, which whoever began it calls once."""
+
+    __slots__ = ("_broker", "_exchange", "_sink", "_timer", "_watch")
+
+    def __init__(self, broker: Broker, watch: ClientWatch, exchange: Exchange, sink: HttpResponse) -> None:
+        """Opens the exchange; its answer may be complete when this returns."""
+        self._broker, self._watch, self._exchange, self._sink = broker, watch, exchange, sink
+        self._timer = asyncio.get_running_loop().call_at(exchange.deadline, broker.time_up, exchange)
+        watch.add(exchange, sink)
+        try:
+            broker.open(exchange)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """The client has its whole answer, or left: give back what the request still holds."""
+        self._timer.cancel()
+        self._broker.close(self._exchange)
+        self._sink.close()
+        self._watch.leave(self._exchange)
 
 
 class Inference:
@@ -109,15 +135,50 @@ class Inference:
         Raises:
             ApiError: the request cannot be admitted; nothing was sent.
         """
-        loop = asyncio.get_running_loop()
-        received_at = loop.time()
-        principal = self.principal(scope)
-        headers = scope["headers"]
-        check_content_type(header(headers, b"content-type"))
-        body = await self._body(receive, headers, received_at)
+        received_at = asyncio.get_running_loop().time()
+        principal = self._admit(scope)
+        body = await self._body(receive, scope["headers"], received_at)
         if isinstance(body, Disconnected):
             self._body_given_up()
             return
+        under_way = self._open(scope, body, send, route, project, slug, principal, received_at)
+        try:
+            # Ended by the client's leaving or by the whole response; a stray empty message ends nothing.
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            under_way.close()
+
+    def take(
+        self, scope: Scope, body: bytes, send: Send, route: Route, project: str | None, slug: str | None
+    ) -> "UnderWay":
+        """As `relay`, for a request that is whole already; whoever calls says by `close` when it is over.
+
+        Raises:
+            ApiError: the request cannot be admitted; nothing was sent, and nothing is under way.
+        """
+        received_at = asyncio.get_running_loop().time()
+        principal = self._admit(scope)
+        check_body_size(len(body), self._limits.max_body_bytes)
+        return self._open(scope, body, send, route, project, slug, principal, received_at)
+
+    def _admit(self, scope: Scope) -> Principal:
+        """Who asks; all that can be said against a request before its body is read."""
+        principal = self.principal(scope)
+        check_content_type(header(scope["headers"], b"content-type"))
+        return principal
+
+    def _open(
+        self,
+        scope: Scope,
+        body: bytes,
+        send: Send,
+        route: Route,
+        project: str | None,
+        slug: str | None,
+        principal: Principal,
+        received_at: float,
+    ) -> "UnderWay":
         head = read_head(body)
         endpoint = resolve_endpoint(self._broker.catalog, principal, project, slug, head.model)
         check_task_mode(route, endpoint)
@@ -138,23 +199,12 @@ class Inference:
             endpoint=endpoint,
             route=route,
             body=body,
-            headers=_relayed(headers),
+            headers=_relayed(scope["headers"]),
             sink=sink,
             received_at=received_at,
             deadline=received_at + self._limits.request_timeout_s,
         )
-        timer = loop.call_at(exchange.deadline, self._broker.time_up, exchange)
-        self.watch.add(exchange, sink)
-        try:
-            self._broker.open(exchange)
-            # Ended by the client's leaving or by the whole response; a stray empty message ends nothing.
-            while (await receive())["type"] != "http.disconnect":
-                pass
-        finally:
-            timer.cancel()
-            self._broker.close(exchange)
-            sink.close()
-            self.watch.leave(exchange)
+        return UnderWay(self._broker, self.watch, exchange, sink)
 
     async def _body(
         self, receive: Receive, headers: list[tuple[bytes, bytes]], received_at: float

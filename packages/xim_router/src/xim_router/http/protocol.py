@@ -6,14 +6,19 @@ reset the connection, and the reset could overtake the answer.
 
 A connection has one timer, which runs only while its client owes bytes: none for a request that arrives in one piece
 on a connection that is reused, and none per chunk of an answer.
+
+A request that has arrived whole is offered on the spot (`take`), without the task that uvicorn runs an application in;
+what nobody takes is uvicorn's to run.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import Scope as HttpScope
+from starlette.types import Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from xim_router.http.crowd import Crowd
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer, client_request_id, new_request_id
@@ -40,8 +45,34 @@ class _HeadTooLarge(Exception):
     """Ends the parser's work on a head; the code says what of it is too large."""
 
 
+class Taken(Protocol):
+    """A request under way."""
+
+    def close(self) -> None:
+        """Its client has the whole answer, or left. Called once."""
+
+
+Take = Callable[[HttpScope, bytes, Send], Taken | None]
+"""Takes a request with its whole body, or says by None that its application must run; answers through the `Send`."""
+
+
+def _take_none(_scope: HttpScope, _body: bytes, _send: Send) -> None:
+    return None
+
+
+def _nothing() -> None:
+    pass
+
+
 class HttpProtocol(HttpToolsProtocol):
     """One client's connection."""
+
+    _arriving = False
+    """Bytes are parsed right now."""
+    _unstarted: tuple[RequestResponseCycle, Any] | None = None
+    """A request whose head was among them; its body may be too."""
+    _taken: Taken | None = None
+    """The request under way, where it was taken on the spot."""
 
     _heading = False
     """A head has begun and is not whole."""
@@ -67,13 +98,16 @@ class HttpProtocol(HttpToolsProtocol):
         *uvicorns: Any,
         refused: Callable[[str], None] = lambda _code: None,
         crowd: Crowd,
+        take: Take = _take_none,
         **more: Any,
     ) -> None:
-        """`refused` is told the code of every error that is answered here; `crowd` bounds the connections."""
+        """`refused` is told the code of every error that is answered here; `crowd` bounds the connections; `take` is
+        offered each request that has arrived whole."""
         super().__init__(*uvicorns, **more)
         self.logger = _uvicorns_log
         self._refused = refused
         self._crowd = crowd
+        self._take = take
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came, and owes a request."""
@@ -90,13 +124,23 @@ class HttpProtocol(HttpToolsProtocol):
         self._wait_no_more()
         self._crowd.left(self)
         super().connection_lost(exc)
+        if self.cycle is not None:
+            # They hold each other else, and only a full collection would find them.
+            self.cycle.on_response = _nothing
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            taken.close()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
         if self._told:
             return
         heading, self._began, self._piece_bytes = self._heading, False, len(data)
+        self._arriving = True
         super().data_received(data)
+        self._arriving = False
+        if self._unstarted is not None:
+            self._start(*self._unstarted)
         if self._heading and not self._told:
             # A piece may hold the end of a body too, so of the one in which the head began nothing is counted.
             self._head_bytes = self._head_bytes + len(data) if heading and not self._began else 0
@@ -124,8 +168,31 @@ class HttpProtocol(HttpToolsProtocol):
         self._crowd.busy(self)
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """A head is whole, or a request that came behind another one has its turn."""
+        if self._arriving:
+            self._unstarted = cycle, app
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._unstarted = None
+        taken = None
+        if not (cycle.more_body or cycle.disconnected or self.flow.read_paused):
+            taken = self._take(cycle.scope, bytes(cycle.body), cycle.send)  # type: ignore[arg-type]
+        if taken is None:
+            super()._start_asgi_task(cycle, app)
+        elif cycle.response_complete:
+            taken.close()
+        else:
+            self._taken = taken
+
     def on_response_complete(self) -> None:
         """An answer is whole; of several requests in a row the last one counts."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            # Not now: whoever ended the answer has to take note of that first.
+            self.loop.call_soon(taken.close)
         super().on_response_complete()
         if self.cycle is not None and self.cycle.response_complete:
             self._crowd.idle(self)

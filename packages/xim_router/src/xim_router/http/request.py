@@ -102,8 +102,8 @@ async def read_body(receive: Receive, limit_bytes: int, headers: Headers = ()) -
         ApiError: `body_too_large`.
     """
     declared = header(headers, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
-        raise _too_large(limit_bytes)
+    if declared is not None and declared.isdigit():
+        check_body_size(int(declared), limit_bytes)
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -112,8 +112,7 @@ async def read_body(receive: Receive, limit_bytes: int, headers: Headers = ()) -
             return Disconnected()
         piece = message.get("body", b"")
         size += len(piece)
-        if size > limit_bytes:
-            raise _too_large(limit_bytes)
+        check_body_size(size, limit_bytes)
         pieces.append(piece)
         if not message.get("more_body", False):
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -132,7 +131,13 @@ def header(headers: Headers, name: bytes) -> bytes | None:
     return None
 
 
-def _too_large(limit_bytes: int) -> ApiError:
-    return ApiError(
-        "body_too_large", f"The request body is larger than the {limit_bytes} bytes that this router takes."
-    )
+def check_body_size(size: int, limit_bytes: int) -> None:
+    """Refuse a body of more than `limit_bytes`.
+
+    Raises:
+        ApiError: `body_too_large`.
+    """
+    if size > limit_bytes:
+        raise ApiError(
+            "body_too_large", f"The request body is larger than the {limit_bytes} bytes that this router takes."
+        )
