@@ -18,6 +18,10 @@ import httptools
 KEEP_ALIVE_S = 2.0
 """uvicorn closes an idle connection after 5 s; leaving it earlier never races that close with a new request."""
 CONNECT_TIMEOUT_S = 5.0
+SWITCHING_STATUS = 101
+"""Nothing asks for it, and what follows is no HTTP."""
+FINAL_STATUS = 200
+"""From here on a status is an answer's; those below are interim ones (RFC 9110, section 15.2)."""
 HELD_BYTES = 256 * 1024
 """Reading pauses while more than this waits to be taken."""
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f]")
@@ -73,6 +77,8 @@ class EngineConnection(asyncio.Protocol):
         """The receiver takes nothing for now."""
         self._paused = False
         self._headed = False
+        self._interim = False
+        """What comes now is not the answer yet."""
         self._complete = False
         self._reusable = False
         self._error: Exception | None = None
@@ -100,6 +106,7 @@ class EngineConnection(asyncio.Protocol):
         self._receiver = None
         self._held.clear()
         if self._complete and self._reusable and not self.closed:
+            self._resume()  # nobody took this answer to its end, but whoever asks next wants his
             self.idle_since = time.monotonic()
             return True
         self.close()
@@ -131,7 +138,7 @@ class EngineConnection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:  # the second is no kind of the first
             self._break(error)
         self._pass_on()
 
@@ -154,16 +161,24 @@ class EngineConnection(asyncio.Protocol):
                 self.close()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header of the answer."""
-        self._headers.append((name, value))
+        """One header of the answer, or a trailer, which is none and of no use here."""
+        if not self._headed:
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """Status and headers are whole."""
         if self._complete or self._receiver is None:
             return
+        status = self._parser.get_status_code()
+        if status < FINAL_STATUS:
+            self._interim = True
+            self._headers = []
+            if status == SWITCHING_STATUS:
+                self._break(ConnectionError("the engine switched protocols"))
+            return
         self._reusable = self._parser.should_keep_alive()
         self._headed = True
-        self._receiver.headed(self._parser.get_status_code(), self._content_type())
+        self._receiver.headed(status, self._content_type())
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body; all that one read of the socket brings is passed on together."""
@@ -172,6 +187,9 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The body is whole."""
+        if self._interim:
+            self._interim = False
+            return
         self._complete = True
 
     # --- Passing on ------------------------------------------------------------------------------------------------
@@ -190,11 +208,15 @@ class EngineConnection(asyncio.Protocol):
                 piece = held[0] if len(held) == 1 else b"".join(held)
                 held.clear()
                 self._stopped = not receiver.take(piece)
-            if self._paused and not self.closed:
-                self._paused = False
-                self._opened().resume_reading()
+            if self._paused:
+                self._resume()
             if self._complete or self._error is not None:
                 self._tell_end()
+
+    def _resume(self) -> None:
+        if self._paused and not self.closed:
+            self._paused = False
+            self._opened().resume_reading()
 
     def _break(self, error: Exception) -> None:
         if self._error is None:
