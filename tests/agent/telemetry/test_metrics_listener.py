@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -115,6 +116,45 @@ async def test_a_newcomer_ends_the_oldest_where_there_are_too_many(listener: Lis
     assert not any(reader.at_eof() for reader, _ in held[5:] + more)
     # Whoever scrapes is served all the same.
     assert (await listener.say(LAST_SCRAPE)).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"no HTTP at all\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),
+        b"GET /metrics HTTP/1.1\r\nhost: agent\r\nauthorization Bearer s3cret\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nhost: agent\r\ncookie: " + b"s3cret" * 10_000 + b"\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nhost: agent\r\ncontent-length: s3cret\r\n\r\n",
+        b"GET http://[s3cret/metrics HTTP/1.1\r\nhost: agent\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\nhost: agent\r\ntransfer-encoding: chunked\r\n\r\ns3cret\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nhost: agent\r\n\r\ns3cret\r\n\r\n",
+    ],
+    ids=["text", "TLS", "a header", "a long header", "a length", "a URL", "a chunk", "after a request"],
+)
+async def test_what_is_no_request_is_a_quiet_line(
+    listener: Listener, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        told = await listener.say(sent)
+    assert b" 400 Bad Request\r\n" in told
+    (record,) = [record for record in caplog.records if record.name != "asyncio"]
+    assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
+    assert "s3cret" not in str(vars(record))
+    assert len(str(vars(record))) < 2000
+
+
+async def test_a_fault_of_the_agents_own_is_told_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> bytes:
+        raise ValueError("a fault")
+
+    made = Listener()
+    async with metrics_server("127.0.0.1", 0, AgentMetrics(version="1"), broken) as made.port:
+        assert (await made.say(LAST_SCRAPE)).startswith(b"HTTP/1.1 500 ")
+        made.leave()
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], ValueError)
 
 
 async def test_a_scrape_that_was_given_up_waits_for_no_engine(listener: Listener) -> None:

@@ -6,12 +6,17 @@ here, so what a connection may take is bounded: aiohttp's own limits of a head, 
 
 import asyncio
 import errno
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from xim_agent.telemetry.metrics import AgentMetrics
+
+log = logging.getLogger(__name__)
 
 MOST_CONNECTIONS = 32
 """A scraper needs one; beyond these a newcomer ends the oldest, so that idle ones never keep a scraper away."""
@@ -30,6 +35,21 @@ class MetricsPortTaken(Exception):
             "own), or serve none: XEROTIER_AGENT_DISABLE_METRICS_SERVER=1"
         )
         super().__init__(f"{self.message}. {self.remedy}")
+
+
+class _QuietLog(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log of a server, in which a client that speaks no HTTP is no fault of ours.
+
+    aiohttp logs each with a traceback, mostly as an error, and quotes what was sent, which may be a key.
+    """
+
+    def log(self, level: int, msg: object, *args: object, **more: Any) -> None:
+        """One line without the client's words, or the record as it is."""
+        cause = more.get("exc_info")
+        if isinstance(cause, HttpProcessingError):
+            self.logger.debug("no HTTP on the metrics port", extra={"cause": type(cause).__name__})
+        else:
+            super().log(level, msg, *args, **more)
 
 
 class _FewConnections(web.Server):
@@ -64,7 +84,9 @@ async def metrics_server(
         return web.Response(body=metrics.text() + engine, headers={"Content-Type": CONTENT_TYPE})
 
     # A scrape that is given up gives up its question to the engine too.
-    server = _FewConnections(answer, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S)
+    server = _FewConnections(
+        answer, handler_cancellation=True, logger=_QuietLog(log), access_log=None, keepalive_timeout=IDLE_S
+    )
     runner = web.ServerRunner(server, shutdown_timeout=1.0)
     await runner.setup()
     try:
