@@ -9,6 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 
+from tests.support.blocks import blocks_kept
 from xim_router.control.database import Database, newest_revision
 from xim_router.control.errors import DatabaseUnavailable, KeyFileUnusable, SchemaNotCurrent
 from xim_router.control.tables import metadata
@@ -96,7 +97,7 @@ async def test_an_unknown_role_or_database_of_a_running_server_is_unavailable(
 async def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(KeyFileUnusable, match="file") as caught:
-        await Database.open(f"sqlite+aiosqlite:///{tmp_path}/file/router.db")
+        await Database.open(f"sqlite+aiosqlite+aiosqlite:///{tmp_path}/file/router.db")
     assert "XEROTIER_ROUTER_DATA_DIR" in caught.value.remedy
 
 
@@ -115,4 +116,12 @@ async def test_sqlite_is_opened_once_however_many_ask_at_once(tmp_path: Path) ->
 
     await asyncio.gather(*(look() for _ in range(5)), *(change(number) for number in range(5)))
     assert [file.path for file in psutil.Process().open_files()].count(str(path)) == 1
+    await database.close()
+
+
+async def test_a_look_at_the_files_of_sqlite_leaves_nothing(tmp_path: Path) -> None:
+    database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'router.db'}")
+    assert database.change_mark() is not None
+    # A router looks four times a second.
+    assert blocks_kept(database.change_mark, 1_000) < 0.5
     await database.close()

@@ -56,7 +56,7 @@ class Mesh:
 
     def told(self, connection: Connection, members: Iterable[RouterMember]) -> None:
         """A router said who is in the mesh."""
-        self._lists[connection.router.server_curve_key] = tuple(map(_address, members))
+        self._lists[connection.router.server_curve_key] = tuple([_address(member) for member in members])
         self.review()
 
     def review(self) -> None:

@@ -33,7 +33,8 @@ def figures_in(text: bytes) -> Figures:
             continue
         before, now = found.get(known, 0.0), float(value)
         found[known] = max(before, now) if known in SHARES else before + now
-    return tuple((name, found[name]) for name in dict.fromkeys(NAMES.values()) if name in found)
+    # Of a list: a tuple of a generator adds to a free list of the interpreter with every renewal (see the codec).
+    return tuple([(name, found[name]) for name in dict.fromkeys(NAMES.values()) if name in found])
 
 
 async def keep_reading(

@@ -150,6 +150,9 @@ class EngineConnection(asyncio.Protocol):
         elif not self._complete:
             self._break(exc or ConnectionError("the engine closed the connection"))
         self._pass_on()
+        # Nothing is parsed any more. The parser holds this connection's methods: as a circle both would wait for the
+        # garbage collector, and every request whose client left would take memory until then.
+        del self._parser
 
     # --- httptools' callbacks --------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ _CHAT_FIELDS = (
 _SPOKEN = ("content", "reasoning", "reasoning_content", "refusal")
 _SPOKEN_IN_BLOCKS = ("text", "thinking", "partial_json")
 _EVENT_END = b"\n\n"
+# Tuples are made of lists below: of a generator they begin longer than they end (the codec of xim_protocol says more).
 
 Question = Mapping[str, object]
 """The body of one `/tokenize`, without the model's name."""
@@ -48,7 +49,7 @@ def unknown_of(path: str, body: bytes, delivered: Sequence[bytes]) -> Unknown | 
     return Unknown(
         known_prompt_tokens=tokens,
         prompt=questions,
-        answer=tuple({"prompt": text, "add_special_tokens": False} for text in texts),
+        answer=tuple([{"prompt": text, "add_special_tokens": False} for text in texts]),
     )
 
 
@@ -70,7 +71,7 @@ def _completion(fields: Mapping[str, object]) -> _Asked | None:
     special = fields.get("add_special_tokens", True)
     tokens = sum(len(each) for each in prompts if isinstance(each, list))
     texts = [each for each in prompts if isinstance(each, str)]
-    return tokens, tuple({"prompt": text, "add_special_tokens": special} for text in texts)
+    return tokens, tuple([{"prompt": text, "add_special_tokens": special} for text in texts])
 
 
 def _response(fields: Mapping[str, object]) -> _Asked | None:

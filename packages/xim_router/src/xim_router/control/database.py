@@ -130,7 +130,7 @@ class Database:
         """
         if self._path is None:
             return None
-        return tuple(map(_times, (self._path, self._path.with_name(self._path.name + "-wal"))))
+        return _times(self._path), _times(self._path.with_name(self._path.name + "-wal"))
 
     async def revision(self) -> str | None:
         """The schema's revision, or None when the database is empty or not there."""
