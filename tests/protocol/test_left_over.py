@@ -5,6 +5,7 @@ import pytest
 from tests.protocol.test_router_session import START, opened, said, submitted, take
 from xim_protocol.ids import StreamId
 from xim_protocol.messages import CancelReason, Channel, EntryKind, Welcome
+from xim_protocol.router_session import RouterStream
 
 
 def test_a_lower_limit_for_a_body_is_ignored() -> None:
@@ -25,6 +26,32 @@ def test_the_body_of_a_stream_that_ended_stops_at_once(end: tuple[object, ...]) 
     assert router.next_body() is not None
     take(router, end)
     assert router.next_body() is None
+
+
+def held_bytes(stream: RouterStream[str]) -> int:
+    """What the session keeps of a request's body; the submit of a short one carries it a second time."""
+    return len(stream.body) + len((stream.submit and stream.submit.body) or b"")
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+@pytest.mark.parametrize("how", ["started", "cancelled"])
+def test_a_body_is_forgotten_once_no_new_link_can_need_it(size: int, how: str) -> None:
+    router, stream = submitted(b"x" * size)
+    assert held_bytes(stream) >= size
+    if how == "started":
+        take(router, START)
+    else:
+        router.cancel(stream, CancelReason.CLIENT_LEFT)
+    assert held_bytes(stream) == 0
+
+
+def test_the_rest_of_a_body_is_not_sent_to_an_agent_that_answers_already() -> None:
+    router, stream = submitted(b"x" * 300_000)
+    take(router, (EntryKind.CONTINUE, 1, 300_000))
+    assert router.next_body() is not None
+    take(router, START)
+    assert router.next_body() is None
+    assert stream.body_sent == 65_536
 
 
 @pytest.mark.parametrize("ending", ["end", "cancel", "link", "forgotten", "session"])

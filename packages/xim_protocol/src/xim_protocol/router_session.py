@@ -198,7 +198,8 @@ class RouterSession(Generic[C]):
         match fields:
             case (EntryKind.START, _, int(status), str(content_type), *_):
                 self._step(stream, Step.START)
-                stream.started = True
+                self._bodies.pop(stream.stream, None)
+                stream.answered()
                 if not cancelled:
                     events.append(ResponseStarted(context=stream.context, status=status, content_type=content_type))
             case (EntryKind.END, _, int(size), usage, *_):
@@ -232,7 +233,7 @@ class RouterSession(Generic[C]):
     def _continue_body(self, stream: RouterStream[C], limit: int) -> None:
         if stream.state is StreamState.CANCELLED:
             return
-        if stream.state is not StreamState.SUBMITTED or stream.submit.body is not None:
+        if stream.state is not StreamState.SUBMITTED or stream.submit is None or stream.submit.body is not None:
             raise UnexpectedMessage(f"Continue of stream {stream.stream}", stream.state)
         stream.body_limit = min(max(stream.body_limit, limit), len(stream.body))
         if stream.body_sent < stream.body_limit:
@@ -287,7 +288,7 @@ class RouterSession(Generic[C]):
         )
         flow = self.flow
         credit = CreditReceiver(flow.window_bytes, flow.replenish_threshold, enforced=flow.enabled)
-        stream = RouterStream(context=context, submit=submit, body=body, credit=credit)
+        stream = RouterStream(context=context, stream=submit.stream, submit=submit, body=body, credit=credit)
         self._streams[submit.stream] = stream
         self._send(submit)
         return stream
@@ -298,6 +299,7 @@ class RouterSession(Generic[C]):
             return
         stream.state = StreamState.CANCELLED
         self._bodies.pop(stream.stream, None)
+        stream.forget_body()
         self._due.pop(stream.stream, None)
         if self.phase in (Phase.WELCOMED, Phase.OPEN):
             self._send(Cancel(stream=stream.stream, reason=reason))
@@ -428,7 +430,7 @@ class RouterSession(Generic[C]):
         self.phase = Phase.OPEN
         events: list[RouterEvent[C]] = [LinkReady()]
         for stream in self._again:
-            if stream.state is StreamState.SUBMITTED:
+            if stream.submit is not None:
                 self._send(stream.submit)
             else:
                 # Cancelled since the Welcome: the agent never had it, so no terminal entry will come.

@@ -29,7 +29,9 @@ class RouterStream(Generic[C]):
     """One stream as the router sees it."""
 
     context: C
-    submit: Submit
+    stream: StreamId
+    submit: Submit | None
+    """None once no new link can need it again; so with `body`."""
     body: bytes
     credit: CreditReceiver
     state: StreamState = StreamState.SUBMITTED
@@ -38,10 +40,15 @@ class RouterStream(Generic[C]):
     """How much of a long body the agent asked for so far."""
     body_sent: int = 0
 
-    @property
-    def stream(self) -> StreamId:
-        """The stream's id."""
-        return self.submit.stream
+    def answered(self) -> None:
+        """The agent began its answer."""
+        self.started = True
+        self.forget_body()
+
+    def forget_body(self) -> None:
+        """No link is sent it again: the agent has it whole, or nobody waits. It may be 20 MB, and an answer lasts."""
+        self.submit = None
+        self.body = b""
 
     def resumed(self) -> StreamVerdict:
         """How the stream goes on over a new link; the limit counts as told."""
