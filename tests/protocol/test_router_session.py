@@ -449,6 +449,8 @@ def test_ids_rise_and_are_never_used_twice() -> None:
     first = wire.submit("a")
     take(router, (EntryKind.REFUSED, 1, "not_ready", 0))
     assert (first.stream, wire.submit("b").stream) == (1, 2)
-    assert wire.submit("c").submit.request == RequestId("c")
+    submit = wire.submit("c").submit
+    assert submit is not None
+    assert submit.request == RequestId("c")
     assert router.instance == InstanceId("instance-1")
     assert isinstance(decode(encode(Attached(session=router.session))), Attached)
