@@ -30,7 +30,7 @@ CHUNK_LIMITS = {
     "256 streams, spread": SPREAD_CHUNK,
 }
 """CPU per relayed chunk beside the baseline. One stream alone has no limit; its cost is in the tables."""
-SHORT_REQUESTS = "stream of 64 chunks, 64 clients"
+SHORT_REQUESTS = ("stream of 64 chunks, 64 clients, lockstep", "stream of 64 chunks, 64 clients, spread")
 HEAVY_SCENARIOS = ("128 streams, lockstep", "128 streams, spread")
 TTFT_SCENARIOS = ("64 paced at 10 ms, spread", "64 paced at 10 ms, lockstep")
 
@@ -58,8 +58,8 @@ def judge(results: Results) -> list[Judged]:
 
 
 def _chunks(results: Results) -> Iterator[Judged]:
-    for scenario, limit in [*CHUNK_LIMITS.items(), (SHORT_REQUESTS, SHORT_REQUEST)]:
-        unit = "request" if scenario == SHORT_REQUESTS else "chunk"
+    for scenario, limit in [*CHUNK_LIMITS.items(), *product(SHORT_REQUESTS, [SHORT_REQUEST])]:
+        unit = "request" if scenario in SHORT_REQUESTS else "chunk"
         ours, theirs = (_median(results, scenario, name, _router_us) for name in (OURS, BASELINE))
         yield _at_most(f"CPU per {unit} beside {BASELINE}, {scenario}", limit, ours, theirs, "us")
     for scenario in HEAVY_SCENARIOS:

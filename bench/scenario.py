@@ -142,8 +142,18 @@ def _stream_scenarios() -> list[Scenario]:
 
 
 def _request_scenarios() -> list[Scenario]:
+    streams = [
+        Scenario(
+            name=f"stream of {REQUEST_CHUNKS} chunks, 64 clients, {mode}",
+            kind=Kind.REQUESTS,
+            clients=64,
+            mode=mode,
+            slow_too=mode == "lockstep",
+        )
+        for mode in SPREAD_SHARES
+    ]
     return [
-        Scenario(name=f"stream of {REQUEST_CHUNKS} chunks, 64 clients", kind=Kind.REQUESTS, clients=64),
+        *streams,
         Scenario(name="JSON answer of 1 kB, 16 clients", kind=Kind.REQUESTS, clients=16, stream=False),
         Scenario(name="JSON answer of 1 kB, 64 clients", kind=Kind.REQUESTS, clients=64, stream=False),
     ]
