@@ -26,12 +26,18 @@ from xim_protocol.messages import AgentState, Assignment, GoodbyeCode, RefusalRe
 
 async def ready(router: RouterStub, name: str = "tiny") -> None:
     """Return when the agent serves `name`."""
-    await router.until(lambda: is_ready(router, name), 30.0)
+    await router.until(lambda: is_ready(router, name))
 
 
 def is_ready(router: RouterStub, name: str) -> bool:
     session = router.session
-    return session is not None and session.report.state is AgentState.READY and session.report.served_model == name
+    # What the session of a process that has ended said last tells nothing of the next one.
+    return (
+        session is not None
+        and router.is_open
+        and session.report.state is AgentState.READY
+        and session.report.served_model == name
+    )
 
 
 async def test_from_a_join_key_to_an_answer_to_an_orderly_end(tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ class Agent:
             while self.linked != wanted:
                 await self.changed()
 
+    async def until_tried_no_more(self, router: str) -> None:
+        """Return when the router at this control address is given up."""
+        async with asyncio.timeout(PATIENCE_S):
+            while router in self.tried:
+                await self.changed()
+
     async def changed(self) -> None:
         """Return when anything happened."""
         self._changed.clear()
@@ -130,9 +136,7 @@ async def test_a_dead_router_is_tried_until_it_is_named_no_more_and_its_lease_is
         await node.until_linked(first)
         assert dead in node.tried, "another router still names it"
         await first.tell_routers(member(first))
-        async with asyncio.timeout(PATIENCE_S):
-            while dead in node.tried:
-                await node.changed()
+        await node.until_tried_no_more(dead)
         assert node.given_up == [dead]
         await node.until_linked(first)
 
@@ -147,8 +151,9 @@ async def test_a_router_that_leaves_keeps_its_link_until_its_own_end() -> None:
         assert node.linked == {first.address.control_addr, second.address.control_addr}
         leaving = second.address.control_addr
         await second.goodbye(GoodbyeCode.SHUTDOWN)
-        await node.until_linked(first)
+        await node.until_tried_no_more(leaving)
         assert node.given_up == [leaving]
+        assert node.linked == {first.address.control_addr}
 
 
 async def test_while_no_link_is_open_nobody_is_given_up() -> None:

@@ -16,6 +16,7 @@ from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import Answer as Asked
 from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
+from xim_agent import places
 from xim_agent.engine import http
 from xim_agent.engine.http import EngineConnection
 from xim_agent.engine.process import EngineState
@@ -272,7 +273,11 @@ async def test_a_route_without_a_salt_serves_one_project(tmp_path: Path) -> None
         assert (await router.ask(body, path="/v1/embeddings", project=OTHER)).ended
 
 
-async def test_beyond_capacity_the_router_refused_first_hears_first_of_a_place(tmp_path: Path) -> None:
+async def test_beyond_capacity_the_router_refused_first_hears_first_of_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two sockets keep no order between them; so much later than the first, the second has not been overtaken.
+    monkeypatch.setattr(places, "NEXT_ROUTER_S", 1.0)
     async with RouterStub() as first, RouterStub() as second, node(tmp_path, first, second, capacity=1) as parts:
         await first.opened()
         await second.opened()

@@ -131,7 +131,7 @@ def test_a_step_that_is_stopped_leaves_no_worker_behind(tmp_path: Path) -> None:
         os.killpg(program.pid, signal.SIGINT)  # as a terminal does
         output, _ = program.communicate(timeout=PATIENCE_S)
         assert output == "stopped\n"
-        _, left = psutil.wait_procs([worker], timeout=5.0)
+        _, left = psutil.wait_procs([worker], timeout=PATIENCE_S)
         assert left == []
     finally:
         if worker.is_running():

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest_asyncio
 from tests.faults.parts import all_true, engine_runs, load_on, metric_is
 from tests.support.accounts import ENDPOINT, PROJECTS, Accounts
 from tests.support.http_client import Call, open_call, request_bytes
-from tests.support.load import GENERATING, Route
+from tests.support.load import GENERATING, Client, Route
 from tests.support.stopwatch import Stopwatch
 from tests.support.topology import Node, Topology
 from xim_protocol.routes import ROUTES
@@ -140,17 +140,27 @@ async def test_leaving_a_generating_route(
             route, stream=False, n=choices, chunks=600, text_chars=CHARS, interval_ms=100, first_ms=first_ms
         )
     )
-    await in_use(topology)
-    if stream and moment is not Moment.BEFORE_THE_FIRST_BYTE:
-        wanted = choices * CHARS * (NEAR_THE_END if moment is Moment.NEAR_THE_END else 1)
-        await all_true(lambda: has_received(client.reading, wanted), what="the answer is so far")
-    left = topology.stopwatch()
-    if leaving is Leaving.CLOSES:
+    with left_at_the_end(client):
+        await in_use(topology)
+        if stream and moment is not Moment.BEFORE_THE_FIRST_BYTE:
+            wanted = choices * CHARS * (NEAR_THE_END if moment is Moment.NEAR_THE_END else 1)
+            await all_true(lambda: has_received(client.reading, wanted), what="the answer is so far")
+        left = topology.stopwatch()
+        if leaving is Leaving.CLOSES:
+            client.leave()
+        else:
+            client.half_close()
+        await free_at_once(topology, left)
+        await all_left(topology, before)
+
+
+@contextmanager
+def left_at_the_end(client: Client | Call) -> Iterator[None]:
+    """Whatever becomes of the test: a client that stayed would hold the one place, and fail those after it."""
+    try:
+        yield
+    finally:
         client.leave()
-    else:
-        client.half_close()
-    await free_at_once(topology, left)
-    await all_left(topology, before)
 
 
 async def has_received(reading: Any, characters: int) -> bool:
@@ -183,23 +193,24 @@ async def test_leaving_while_parked(topologies: dict[TaskMode, Topology], path: 
     (node,) = topology.nodes
     lines_before = len(topology.router.lines("request"))
     holder = await call(topology, path, bodies[path], first_ms=60_000)
-    await in_use(topology)
-    before = await topology.engine_metric(node, "vllm:prompt_tokens_total")
-    async with await call(topology, path, {**bodies[path], "stream": stream}):
-        await metric_is(topology, "xim_router_queue_depth", 1)
+    with left_at_the_end(holder):
+        await in_use(topology)
+        before = await topology.engine_metric(node, "vllm:prompt_tokens_total")
+        async with await call(topology, path, {**bodies[path], "stream": stream}):
+            await metric_is(topology, "xim_router_queue_depth", 1)
+            left = topology.stopwatch()
+
+        async def nobody_waits() -> bool:
+            return await topology.router_metric("xim_router_queue_depth") == 0
+
+        await left.within(FREE_S, nobody_waits, what="its place in the queue is free")
+        # It never reached the engine, and the one that has the place keeps it.
+        assert await topology.engine_metric(node, "vllm:prompt_tokens_total") == before
+        assert await topology.router_metric("xim_router_in_flight") == 1
         left = topology.stopwatch()
-
-    async def nobody_waits() -> bool:
-        return await topology.router_metric("xim_router_queue_depth") == 0
-
-    await left.within(FREE_S, nobody_waits, what="its place in the queue is free")
-    # It never reached the engine, and the one that has the place keeps it.
-    assert await topology.engine_metric(node, "vllm:prompt_tokens_total") == before
-    assert await topology.router_metric("xim_router_in_flight") == 1
-    left = topology.stopwatch()
-    holder.leave()
-    await free_at_once(topology, left)
-    await all_left(topology, lines_before, 2)
+        holder.leave()
+        await free_at_once(topology, left)
+        await all_left(topology, lines_before, 2)
 
 
 async def test_every_relayed_route_is_in_the_matrix() -> None:
@@ -207,7 +218,7 @@ async def test_every_relayed_route_is_in_the_matrix() -> None:
 
 
 async def test_a_hundred_that_leave_at_once_leave_nothing(accounts: Accounts) -> None:
-    async with Topology(accounts) as topology, asyncio.timeout(60):
+    async with Topology(accounts) as topology, asyncio.timeout(200):
         node: Node = await topology.start_node(MAX_CONCURRENT="128", MAX_NUM_SEQS="128")
         clients = await load_on(topology).open_many(100, chunks=CHUNKS, text_chars=CHARS, interval_ms=50)
         await asyncio.gather(*(client.begun for client in clients))

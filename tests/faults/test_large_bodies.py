@@ -55,7 +55,8 @@ async def test_twenty_megabytes_over_a_narrow_link_arrive_and_delay_no_cancel_cr
             took_s = time.monotonic() - started
             assert large.status == 200
         assert took_s > 0.9 * BODY_BYTES / LINK_BYTES_PER_S
-        assert max(gap for each in seen for gap in each.gaps) < 1.0
+        # Behind the body they would have waited for its end, some six seconds.
+        assert max(gap for each in seen for gap in each.gaps) < 3.0
         for metric in ("xim_router_link_lost_total", "xim_router_lease_expired_total", "xim_router_retries_total"):
             assert await topology.router_metric(metric) == 0
         await nothing_left(topology)

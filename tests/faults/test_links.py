@@ -28,12 +28,20 @@ async def net(accounts: Accounts) -> AsyncIterator[Networked]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def linked(accounts: Accounts) -> AsyncIterator[Networked]:
-    """An agent that sends heartbeats every second, so that a link that went silent is found within two; for tests that
-    leave the networks as they found them."""
+async def installation(accounts: Accounts) -> AsyncIterator[Networked]:
+    """An agent that sends heartbeats every second, so that a link that went silent is found within two."""
     async with networked(accounts) as made:
         await made.topology.start_node(LEASE_DURATION_MS="6000", LEASE_RENEWAL_INTERVAL_MS="2000")
         yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def linked(installation: Networked) -> AsyncIterator[Networked]:
+    """The same, whose networks are good again after each test."""
+    yield installation
+    for network in installation.networks:
+        network.change_address = False
+        network.clear()
 
 
 @pytest.mark.parametrize("streams", [100, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
@@ -154,8 +162,6 @@ async def test_an_agent_that_comes_back_from_another_address_goes_on_where_it_wa
         await lost_and_back(linked, lost_before + moves)
     assert_whole(await readings(clients))
     assert len(set(linked.control.addresses[seen_before:])) == 3
-    for network in linked.networks:
-        network.change_address = False
 
 
 async def test_a_network_that_swallows_everything_is_found_by_heartbeats_and_survived_when_it_is_back(

@@ -309,7 +309,7 @@ async def test_a_slow_reader_stops_its_own_stream_only(engine: Engine) -> None:
     async with engine.ask(script, stream=True) as slow:
         await slow.content.readany()
         quick = await engine.stream({"chunks": 50, "interval_ms": 0})
-        assert await engine.gauge("vllm:num_requests_running") == 1
+        await engine.until_gauge("vllm:num_requests_running", 1)
         rest = await slow.read()
     assert quick.endswith("data: [DONE]\n\n")
     assert rest.endswith(b"data: [DONE]\n\n")

@@ -49,7 +49,7 @@ async def test_a_stopwatch_leaves_out_the_time_that_a_process_stood_in_line(busy
 def test_a_stopwatch_counts_what_a_program_waits_for_by_itself() -> None:
     watch = Stopwatch()
     threading.Event().wait(0.5)
-    with pytest.raises(AssertionError, match="it is done: after 0"):
+    with pytest.raises(AssertionError, match=r"it is done: after \d+\."):
         watch.check(0.2, "it is done")
     watch.check(60.0, "it is done")
 

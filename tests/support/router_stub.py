@@ -29,6 +29,7 @@ from xim_protocol.events import (
 from xim_protocol.ids import AgentId, ProjectId, RequestId, SessionId
 from xim_protocol.messages import (
     Assignment,
+    Attach,
     CancelReason,
     Channel,
     Goodbye,
@@ -270,7 +271,8 @@ class RouterStub:
         message = decode(frames)
         if isinstance(message, Hello):
             await self._hello(route, message)
-        elif channel is Channel.STREAMING and channel not in self._routes:
+        elif isinstance(message, Attach) and channel not in self._routes:
+            # Not by anything else: what an earlier link sent last may come behind the Hello of the next.
             self._routes[channel] = route
         if isinstance(message, Hello) or self.session is None or self._routes.get(channel) != route:
             return

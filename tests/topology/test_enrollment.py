@@ -207,15 +207,21 @@ async def test_a_node_whose_refresh_answer_was_lost_comes_back(accounts: Account
     """The router has rotated the credentials, the agent never heard of it: its old ones must still be good."""
     async with Topology(accounts) as topology:
         node = await topology.start_node()
-        await node.program.kill()
+        await killed(topology, node)
         before = json.loads((node.config_dir / "enrollment.json").read_text(encoding="utf-8"))
         for _ in range(2):
             await topology.restart_node(node)
             await topology.ready(program=node.program)
-            await node.program.kill()
+            await killed(topology, node)
             # As if the answer had never arrived: what stands on the disk is what stood there before it.
             (node.config_dir / "enrollment.json").write_text(json.dumps(before), encoding="utf-8")
         await topology.restart_node(node)
         await topology.ready(program=node.program)
         assert len(node.program.lines("credentials refreshed")) == 3
         assert topology.router.lines("agent enrolled")[1:] == []
+
+
+async def killed(topology: Topology, node: Node) -> None:
+    """Kill the agent; return when the router knows, so that the next that is ready is the next one."""
+    await node.program.kill()
+    await topology.ready(0)

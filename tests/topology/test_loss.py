@@ -138,8 +138,9 @@ async def test_a_link_that_breaks_and_returns_within_the_lease_costs_a_stream_no
             await control.cut()
             await streaming.cut()
             await metric_is(topology, "xim_router_link_lost_total", cuts)
-            await control.restore()
+            # In this order: a link half of which can be dialled would be lost once more.
             await streaming.restore()
+            await control.restore()
             await topology.ready(program=node.program)
         text += await rest(stream)
         assert text == expected_text(4, 500 * 700)

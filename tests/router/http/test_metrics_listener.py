@@ -85,7 +85,7 @@ async def test_a_head_is_bounded(listener: Listener, sent: bytes, expected: tupl
 async def test_a_head_that_does_not_come_is_not_waited_for(
     listener: Listener, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
-    monkeypatch.setattr(protocol, "ARRIVAL_S", 0.05)
+    monkeypatch.setattr(protocol, "ARRIVAL_S", 0.3)
     assert [told.status for told in await listener.say(sent)] == ([408] if sent else [])
 
 

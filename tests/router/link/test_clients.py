@@ -119,10 +119,10 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_request() ->
 
 
 async def test_a_request_that_takes_too_long_is_ended_and_its_work_cancelled() -> None:
-    async with Rig("a", request_timeout_s=0.5) as rig, rig.agent("a", serve=hold) as agent, await rig.call() as call:
+    async with Rig("a", request_timeout_s=2.0) as rig, rig.agent("a", serve=hold) as agent, await rig.call() as call:
         work = await agent.work()
         assert work.submit.time_left_ms is not None
-        assert 0 < work.submit.time_left_ms <= 500
+        assert 0 < work.submit.time_left_ms <= 2_000
         await call.rest()
         assert (call.status, call.code) == (504, "request_timeout")
         await agent.until(lambda: work.cancelled is not None)

@@ -31,6 +31,9 @@ async def cancelled(rig: Rig, agent: AgentStub) -> RequestId:
     work = agent.works[-1]
     await agent.until(lambda: work.over)
     await rig.idle()
+    # The loop's clock counts whole milliseconds: the next request ends later than this one by that clock too.
+    ended = agent.now()
+    await until(lambda: agent.now() > ended)
     return work.submit.request
 
 

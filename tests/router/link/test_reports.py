@@ -95,7 +95,7 @@ async def test_of_several_routers_one_that_loses_its_link_says_nothing_of_the_ag
     assert await several(lambda rig, agent: agent.session.leave(GoodbyeCode.PROTOCOL_ERROR)) == []
     async with Rig("a") as rig:
         rig.publish(routers=SEVERAL)
-        async with AgentStub(rig.dial("a"), lease_s=0.5) as agent:
+        async with AgentStub(rig.dial("a"), lease_s=2.0) as agent:
             await agent.opened()
             await agent.drop()
             await until(lambda: rig.count("xim_router_link_lost_total"))

@@ -19,6 +19,7 @@ from xim_protocol.codec import encode, encode_batch
 from xim_protocol.errors import FaultReason
 from xim_protocol.ids import AgentId
 from xim_protocol.messages import Attach, Channel, EntryKind, GoodbyeCode
+from xim_router.link import links
 from xim_router.link.gatekeeper import Admission
 from xim_router.link.transport import HandshakeFailure
 
@@ -159,7 +160,11 @@ def open_sockets() -> set[str]:
     return found
 
 
-async def test_what_a_revoked_agent_still_says_is_dropped_and_it_is_sent_nothing() -> None:
+async def test_what_a_revoked_agent_still_says_is_dropped_and_it_is_sent_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Time enough for what it says to arrive before its connections are shut.
+    monkeypatch.setattr(links, "SHUT_DELAY_S", 1.0)
     async with Rig("a") as rig, rig.agent("a", serve=hold) as agent, await rig.call() as call:
         work = await agent.work()
         rig.revoke("a")
@@ -168,9 +173,9 @@ async def test_what_a_revoked_agent_still_says_is_dropped_and_it_is_sent_nothing
         await work.answer(b"too late")
         await call.rest()
         assert (call.status, call.code) == (503, "no_agent_available")
-        await agent.until(lambda: agent.lost)
+        await until(lambda: rig.count("xim_router_fenced_messages_total") > 0)
+        await agent.until(lambda: agent.goodbye is not None and agent.lost)
         assert [type(message).__name__ for message in agent.messages[heard:]] == ["Goodbye"]
-        assert rig.count("xim_router_fenced_messages_total") > 0
 
 
 async def test_a_suspended_agent_is_turned_away_until_it_is_allowed_again() -> None:
@@ -228,7 +233,7 @@ async def test_an_agent_that_names_anothers_stream_harms_only_itself(kind: str) 
                 "fail": (EntryKind.FAIL, work.stream, "internal", "forged", False, None),
             }[kind]
             b.say(Channel.STREAMING, encode_batch([entry]))
-            await b.until(lambda: b.lost)
+            await b.until(lambda: b.goodbye is not None and b.lost)
             assert b.goodbye is not None
             assert b.goodbye.code is GoodbyeCode.PROTOCOL_ERROR
             assert rig.faults(FaultReason.UNEXPECTED) == 1

@@ -76,11 +76,12 @@ async def test_a_revocation_costs_no_other_agent_its_link_not_even_one_that_is_d
 
 
 async def test_a_connection_that_never_becomes_part_of_a_link_is_shut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "UNATTACHED_S", 1.0)
     async with Rig("a") as rig, rig.agent("a") as agent:
-        for channel in ("control", "streaming"):
-            async with idle(agent.dial, channel) as connection:
-                assert await connection.next_event() == zmq.EVENT_DISCONNECTED
+        # Time enough for a handshake, on whatever machine.
+        monkeypatch.setattr(links, "UNATTACHED_S", 2.0)
+        async with idle(agent.dial, "control") as control, idle(agent.dial, "streaming") as streaming:
+            assert await control.next_event() == zmq.EVENT_DISCONNECTED
+            assert await streaming.next_event() == zmq.EVENT_DISCONNECTED
         assert rig.serving("a")
         assert not agent.lost
         await until(lambda: not rig.broker._links.unattached)
