@@ -1,5 +1,7 @@
 """Which clients take nothing, told look by look; the clock is the test's."""
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +33,18 @@ class Request:
     received_bytes: int = 0
 
 
+class Clock:
+    """In the loop's place; the test looks itself."""
+
+    now = 1_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay_s: float, look: Callable[[], None]) -> None:
+        pass
+
+
 class Watched:
     """One response and its watch, which cuts off after four seconds; looked at once a second."""
 
@@ -39,6 +53,8 @@ class Watched:
         self.linked = True
         self.stalled: list[object] = []
         self.watch = ClientWatch(cast(Broker, self), self.hot, timeout_s=4.0)
+        self.clock = Clock()
+        self.watch._loop = cast(asyncio.AbstractEventLoop, self.clock)
         self.request, self.response = Request(stream="a stream"), Response()
         self.exchange = cast(Exchange, self.request)
         self.watch.add(self.exchange, self.response)
@@ -53,7 +69,7 @@ class Watched:
         """Let `after_s` pass and the watch look."""
         for name, value in changes.items():
             setattr(self.response, name, value)
-        self.watch._looked_at = self.watch._loop.time() - after_s
+        self.clock.now += after_s
         self.watch._look()
 
     def stalled_for(self, cause: StallCause) -> float:
@@ -82,8 +98,7 @@ async def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError, match="gone"):
         case.look()
     # The next look is a second from now.
-    assert case.watch._looked_at is not None
-    assert case.watch._loop.time() - case.watch._looked_at < 1.0
+    assert case.watch._looked_at == case.clock.now
 
 
 async def test_a_client_that_takes_some_while_more_comes_moves() -> None:
@@ -116,6 +131,22 @@ async def test_a_router_that_stood_still_blames_no_client() -> None:
     case.look(after_s=100.0)
     assert not case.stalled
     assert case.stalled_for(StallCause.CLIENT) == 3.0  # twice the time between two looks for the second
+
+
+async def test_a_response_that_came_between_two_looks_is_charged_for_its_own_time() -> None:
+    case = Watched()
+    case.look()
+    case.clock.now += 0.8
+    request, response = Request(), Response(sent_bytes=100, waiting=100)
+    case.watch.add(cast(Exchange, request), response)
+    case.look(after_s=0.2)
+    assert case.stalled_for(StallCause.CLIENT) == 0.2
+    for _ in range(3):
+        case.look()
+    assert not case.stalled
+    case.look()
+    assert case.stalled == [request]
+    assert case.stalled_for(StallCause.CLIENT) == 4.2
 
 
 @pytest.mark.parametrize(("linked", "cause"), [(True, StallCause.ENGINE), (False, StallCause.LINK)])

@@ -83,6 +83,17 @@ def test_however_a_stream_is_cut_its_boundaries_and_its_end_are_seen(
         assert boundary.complete == (size in ends and size >= complete_from)
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("end", [b"completed", b"incomplete", b"failed"])
+def test_the_name_of_the_last_event_is_seen_wherever_it_is_cut(end: bytes, line_end: bytes) -> None:
+    before = b"data: {}" + 2 * line_end
+    name = b"event: response." + end + line_end
+    text = before + name + b'data: {"text":"' + b"long " * 100 + b'"}' + 2 * line_end
+    for cut in range(len(before) - 1, len(before) + len(name) + 1):
+        assert follow(TerminalEvent.RESPONSE, text[:cut], text[cut:]).complete
+    assert follow(TerminalEvent.RESPONSE, *[text[n : n + 1] for n in range(len(text))]).complete
+
+
 @given(stream=st.sampled_from(STREAMS))
 def test_byte_by_byte_a_stream_is_the_same(stream: tuple[TerminalEvent, bytes]) -> None:
     terminal, text = stream

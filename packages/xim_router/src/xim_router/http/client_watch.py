@@ -32,10 +32,10 @@ class Watched(Protocol):
 class _Entry:
     """One response between two looks."""
 
-    __slots__ = ("exchange", "left", "received", "response", "still_s", "taken", "waiting")
+    __slots__ = ("exchange", "left", "received", "response", "since", "still_s", "taken", "waiting")
 
-    def __init__(self, exchange: Exchange, response: Watched) -> None:
-        self.exchange, self.response = exchange, response
+    def __init__(self, exchange: Exchange, response: Watched, since: float) -> None:
+        self.exchange, self.response, self.since = exchange, response, since
         self.left = False
         self.taken = self.waiting = self.received = 0
         self.still_s = 0.0
@@ -71,7 +71,7 @@ class ClientWatch:
 
     def add(self, exchange: Exchange, response: Watched) -> None:
         """Watch `response` until `leave`, or longer while bytes of it wait."""
-        self._entries[exchange] = _Entry(exchange, response)
+        self._entries[exchange] = _Entry(exchange, response, self._loop.time())
         if self._looked_at is None:
             self._arm()
 
@@ -97,11 +97,13 @@ class ClientWatch:
         self._loop.call_later(self._look_s, self._look)
 
     def _look(self) -> None:
+        now = self._loop.time()
         # A loop that stood still says nothing about clients: what is over two intervals is nobody's fault.
-        elapsed_s = min(self._loop.time() - (self._looked_at or 0.0), 2 * self._look_s)
+        elapsed_s = min(now - (self._looked_at or 0.0), 2 * self._look_s)
         try:
             for entry in list(self._entries.values()):
-                self._look_at(entry, elapsed_s)
+                # What came between two looks was not there for all of the time.
+                self._look_at(entry, min(elapsed_s, now - entry.since))
         finally:
             # Also after an exception: nobody else would look again.
             self._looked_at = None
