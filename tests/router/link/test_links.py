@@ -4,11 +4,14 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
+import pytest
+
 from tests.support.wire import Wire
 from xim_protocol.codec import Frames
 from xim_protocol.ids import AgentId
 from xim_protocol.messages import Channel
 from xim_protocol.router_session import RouterSession
+from xim_router.link import links
 from xim_router.link.agent_link import AgentLink
 from xim_router.link.exchange import Exchange
 from xim_router.link.links import Links
@@ -25,6 +28,8 @@ class Sockets:
         self.shut: list[int] = []
         self.happened: Callable[[], None] = lambda: None
         """What the monitors have to say."""
+        self.arrived: Callable[[], None] = lambda: None
+        """What waits to be received."""
 
     def send(self, channel: Channel, routing_id: RoutingId, frames: Frames) -> SendResult:
         result = self.results.pop(0) if self.results else SendResult.SENT
@@ -34,6 +39,9 @@ class Sockets:
 
     def after_sends(self) -> None:
         pass
+
+    def drain(self) -> None:
+        self.arrived()
 
     def read_monitors(self) -> None:
         self.happened()
@@ -134,3 +142,16 @@ async def test_an_old_link_is_not_looked_after_once_there_is_a_new_one() -> None
     case.link.descriptors.clear()
     case.links._look_after(case.link, b"two")
     assert watched == [b"two", b"two"]
+
+
+async def test_a_connection_whose_first_word_has_come_is_not_among_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MOST_UNATTACHED", 2)
+    case = Case()
+    case.sockets.arrived = lambda: case.links.bind(case.link, Channel.CONTROL, b"two", 10)
+    for descriptor in (10, 11, 12, 13):
+        case.links.accepted(Channel.CONTROL, descriptor)
+    turn = asyncio.Event()
+    asyncio.get_running_loop().call_soon(turn.set)
+    await turn.wait()
+    assert case.sockets.shut == [11]
+    assert case.links.unattached == 2

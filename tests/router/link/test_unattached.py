@@ -1,5 +1,6 @@
 """Connections that belong to no link: those of a revoked agent are shut with the others, idle ones in a while."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -10,6 +11,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import AgentStub, Dial
+from tests.support.programs import PATIENCE_S
 from xim_router.link import links
 
 
@@ -85,3 +87,32 @@ async def test_a_connection_that_never_becomes_part_of_a_link_is_shut(monkeypatc
         assert rig.serving("a")
         assert not agent.lost
         await until(lambda: not rig.broker._links.unattached)
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+async def test_of_too_many_connections_the_oldest_are_shut_and_no_agents_link(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(links, "UNATTACHED_S", 3_600.0)
+    monkeypatch.setattr(links, "MOST_UNATTACHED", 4)
+    async with Rig("a", "b") as rig, rig.agent("a") as before, contextlib.AsyncExitStack() as strangers:
+        opened = []
+        for number in range(12):
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.ports[number % 2])
+            strangers.callback(abort, writer)
+            opened.append(reader)
+            await until(lambda number=number: rig.broker._links.unattached == min(4, number + 1))  # type: ignore[misc]
+        for reader in opened[:8]:
+            async with asyncio.timeout(PATIENCE_S):
+                await reader.read()  # a greeting, and the end
+        assert not any(reader.at_eof() for reader in opened[8:])
+        # An agent still comes in, and they are no worse off than before the next stranger.
+        async with rig.agent("b"):
+            assert rig.serving("a")
+            assert rig.serving("b")
+        assert not before.lost
+        told = [record.getMessage() for record in caplog.records if record.name == links.__name__]
+        assert told == ["too many connections of no agent, ending the oldest"]

@@ -5,6 +5,7 @@ fence. Sends are gathered and leave once per loop tick.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 
 from xim_protocol.codec import encode
@@ -14,6 +15,8 @@ from xim_router.link.agent_link import RETRY_INTERVAL_S, AgentLink
 from xim_router.link.silence import too_silent, watch_interval_s
 from xim_router.link.transport import RoutingId, SendResult, Transport
 
+log = logging.getLogger(__name__)
+
 LATER_S = 0.05
 """How long an agent may remember a closed stream, so that one message tells of many and none delays a request."""
 SHUT_DELAY_S = 0.2
@@ -22,6 +25,11 @@ UNATTACHED_S = 20.0
 """How long a connection may belong to no link: an agent gives up what brings no Welcome, or no Attached, in 10 s."""
 REVOKED_UNATTACHED_S = 0.5
 """The same when somebody was revoked: time enough for others to say Hello and Attach."""
+MOST_UNATTACHED = 512
+"""So many may belong to no link; beyond them the oldest are shut. A descriptor each, of which the process has so many.
+An agent's two are among them for the moments of a handshake."""
+WARN_S = 60.0
+"""Of too many of them is told once in this time."""
 
 
 class Links:
@@ -36,6 +44,9 @@ class Links:
         self._bound: dict[Channel, dict[RoutingId, AgentLink]] = {channel: {} for channel in Channel}
         self._shutting: set[tuple[Channel, int]] = set()
         self._unattached: dict[tuple[Channel, int], asyncio.TimerHandle] = {}
+        """In the order in which they came."""
+        self._thinning = False
+        self._warned_at = -WARN_S
         self._touched: dict[AgentLink, None] = {}
         self._flush_scheduled = False
 
@@ -109,6 +120,28 @@ class Links:
     def accepted(self, channel: Channel, descriptor: int) -> None:
         """A connection came; it must become part of a link in time."""
         self._give_time(channel, descriptor, UNATTACHED_S)
+        if len(self._unattached) > MOST_UNATTACHED and not self._thinning:
+            self._thinning = True
+            self._loop.call_soon(self._thin_out)
+
+    def _thin_out(self) -> None:
+        """Shut the oldest of too many connections, so that whoever opens them leaves descriptors for others."""
+        self._thinning = False
+        # What has come is taken in first: a Hello or an Attach in it makes its connection part of a link.
+        self.transport.drain()
+        self.transport.read_monitors()
+        while len(self._unattached) > MOST_UNATTACHED:
+            channel, descriptor = next(iter(self._unattached))
+            self._attached(channel, descriptor)
+            self.transport.shut_connection(descriptor)
+            self._warn()
+
+    def _warn(self) -> None:
+        now = self._loop.time()
+        if now >= self._warned_at + WARN_S:
+            self._warned_at = now
+            remedy = "Let only agents reach the agents' ports, or limit what one address may open there."
+            log.warning("too many connections of no agent, ending the oldest", extra={"remedy": remedy})
 
     def shut_unattached(self) -> None:
         """Somebody was revoked, whose connections may be among those that said nothing yet."""
