@@ -2,6 +2,7 @@
 
 import asyncio
 
+from tests.support.programs import PATIENCE_S
 from xim_agent.places import NEXT_ROUTER_S, Places
 
 
@@ -98,3 +99,32 @@ async def test_a_router_that_left_for_good_is_offered_nothing() -> None:
     places.give_back()
     await turns()
     assert gone.heard == []
+
+
+async def test_while_nothing_new_is_taken_no_place_is_offered() -> None:
+    router = Router()
+    places = full(1, refused={router: 1})
+    places.closed = True
+    places.give_back()
+    await turns()
+    assert router.heard == []
+    places.closed = False
+    places.offer()
+    await turns()
+    assert router.heard == [1]
+
+
+async def test_all_are_free_when_the_last_one_is() -> None:
+    places = full(2, refused={})
+    waiting = asyncio.create_task(places.all_free())
+    places.give_back()
+    await turns()
+    assert not waiting.done()
+    places.give_back()
+    async with asyncio.timeout(PATIENCE_S):
+        await waiting
+    places.take()
+    again = asyncio.create_task(places.all_free())
+    await turns()
+    assert not again.done()
+    again.cancel()

@@ -13,6 +13,7 @@ from tests.support.programs import PATIENCE_S
 from xim_protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, Frames, encode, encode_batch
 from xim_protocol.errors import FaultReason
 from xim_protocol.messages import Attach, Channel, EntryKind, GoodbyeCode, Renewed
+from xim_router.link import links
 
 DONE = b"data: [DONE]\n\n"
 EVENTS = [b'data: {"n": %d}\n\n' % number for number in range(200)]
@@ -169,7 +170,8 @@ async def test_a_fault_after_the_commit_point_ends_the_stream_in_an_error_event(
         assert b'"code":"agent_lost"' in call.body
 
 
-async def test_garbage_from_a_peer_without_a_session_shuts_its_connection() -> None:
+async def test_garbage_from_a_peer_without_a_session_shuts_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "UNATTACHED_S", 3_600.0)  # which would shut it too
     async with Rig("a") as rig, AgentStub(rig.dial("a")) as agent:
         await agent.opened()
         before = rig.faults(FaultReason.MALFORMED)
@@ -186,6 +188,20 @@ async def test_garbage_from_a_peer_without_a_session_shuts_its_connection() -> N
             stranger.close(linger=0)
         assert rig.faults(FaultReason.MALFORMED) == before + 1
         assert rig.serving("a")
+
+
+async def test_a_second_streaming_half_of_a_whole_link_is_nobodys() -> None:
+    async with Rig("a") as rig, rig.agent("a") as agent:
+        second = agent._make_socket()
+        second.connect(agent.dial.streaming)
+        try:
+            second.send_multipart(encode(Attach(session=agent.welcomes[-1].session)))
+            await until(lambda: rig.count("xim_router_fenced_messages_total") == 1)
+        finally:
+            second.close(linger=0)
+        assert rig.faults(FaultReason.UNEXPECTED) == 0
+        assert (await rig.ask()).status == 200
+        assert not agent.lost
 
 
 async def test_too_many_frames_from_a_peer_without_a_session_are_a_fault_too() -> None:

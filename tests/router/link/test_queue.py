@@ -168,3 +168,18 @@ async def test_a_request_body_reaches_the_agent_whole_however_long_it_is() -> No
         calls = await asyncio.gather(*(rig.ask(body) for _ in range(3)))
         assert [bytes(call.body) == body for call in calls] == [True] * 3
         assert all(work.submit.body is None for work in agent.works)
+
+
+async def test_an_earlier_deadline_takes_the_place_of_the_timer() -> None:
+    async with Rig("a") as rig, rig.agent("a", serve=hold, lease_s=300.0) as agent, await occupied(rig, agent) as first:
+        of_the_lease = rig.broker._timer
+        assert of_the_lease is not None
+        async with await rig.call(numbered(2)):
+            await rig.parked(1)
+            assert of_the_lease.cancelled()
+            of_the_queue = rig.broker._timer
+            assert of_the_queue is not None
+            assert of_the_queue.when() < of_the_lease.when()
+        await rig.parked(0)
+        assert of_the_queue.cancelled()
+        first.leave()
