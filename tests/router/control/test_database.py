@@ -97,7 +97,7 @@ async def test_an_unknown_role_or_database_of_a_running_server_is_unavailable(
 async def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(KeyFileUnusable, match="file") as caught:
-        await Database.open(f"sqlite+aiosqlite+aiosqlite:///{tmp_path}/file/router.db")
+        await Database.open(f"sqlite+aiosqlite:///{tmp_path}/file/router.db")
     assert "XEROTIER_ROUTER_DATA_DIR" in caught.value.remedy
 
 
