@@ -1,15 +1,18 @@
 """HTTP to the engine: every byte as it came, and every way it can break off."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.agent.engine.engines import States, fake_vllm, policy
 from tests.support.programs import PATIENCE_S, eventually
+from xim_agent.engine import http
 from xim_agent.engine.client import EngineBroken, EngineClient, EngineError, EngineResponse, EngineUnavailable
 from xim_agent.engine.http import HELD_BYTES, EngineConnection, request_bytes
 from xim_agent.engine.process import Engine, EngineState
@@ -441,6 +444,29 @@ async def test_a_connection_whose_answer_nobody_took_to_its_end_reads_the_next()
     connection.begin(b"", taker)
     connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nb")
     assert (taker.pieces, taker.whole) == ([b"b"], True)
+
+
+async def test_an_old_connection_is_left_though_a_newer_one_is_always_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(http, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def patient(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\na")
+
+    async with serving(tmp_path, patient) as client:
+        # Neither is given back before the other is asked.
+        first, second = [await _taken(client, Taker()) for _ in range(2)]
+        client.give_back(first)
+        client.give_back(second)
+        for clock.now in (1.0, 2.5):
+            assert await _taken(client, Taker()) is second
+            client.give_back(second)
+        assert first.closed
+        assert not second.closed
 
 
 async def test_trailers_are_no_headers(tmp_path: Path) -> None:

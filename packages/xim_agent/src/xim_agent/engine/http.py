@@ -284,11 +284,15 @@ class EnginePool:
         now = time.monotonic()
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closed and now - connection.idle_since < KEEP_ALIVE_S:
+            if self._usable(connection, now):
                 self._busy.add(connection)
                 return connection
             connection.close()
         return None
+
+    @staticmethod
+    def _usable(connection: EngineConnection, now: float) -> bool:
+        return not connection.closed and now - connection.idle_since < KEEP_ALIVE_S
 
     async def connect(self) -> EngineConnection:
         """A new connection.
@@ -310,6 +314,9 @@ class EnginePool:
         self._busy.discard(connection)
         if connection.release():
             self._idle.append(connection)
+            # The newest is used first, so the old ones are not come by in `idle` while there is always a new one.
+            while not self._usable(self._idle[0], connection.idle_since):
+                self._idle.popleft().close()
 
     def close(self) -> None:
         """Close every connection; who waits for an answer hears nothing more."""
