@@ -309,7 +309,7 @@ class Enrollment:
             xem_token=fields.text("xem_token", _TOKEN_CHARACTERS),
             token_expires_in_s=fields.seconds("token_expires_in_s"),
             refresh_token=fields.text("refresh_token", 256),
-            mesh=tuple(RouterAddress.from_json(each, f"mesh[{n}]") for n, each in enumerate(fields.entries("mesh"))),
+            mesh=tuple([RouterAddress.from_json(each, f"mesh[{n}]") for n, each in enumerate(fields.entries("mesh"))]),
             lease=LeaseTerms.from_json(fields.optional("lease")),
             assignment=None if assignment is None else AssignedEndpoint.from_json(assignment),
         )

@@ -102,7 +102,7 @@ class RouterSession(Generic[C]):
         self._new_link()
         # Streams that a Hello brings to a fresh session belong to a session that is gone. Without a streaming socket
         # the session is open at once: `phase` says so.
-        gone = tuple(StreamVerdict(stream=row.stream, verdict=Verdict.GONE) for row in hello.streams)
+        gone = tuple([StreamVerdict(stream=row.stream, verdict=Verdict.GONE) for row in hello.streams])
         self._welcome(gone)
 
     # --- Receiving -------------------------------------------------------------------------------------------------
