@@ -1,7 +1,8 @@
 """What the streams of an agent's session have to send, and who sends next.
 
 Streams take turns. Nothing leaves beyond the stream's own credit or the link's pause threshold; a stream that the
-pause held back comes first when the router reports.
+pause held back comes first when the router reports. Then come those that begin: a message is taken apart in its order,
+and a client that has nothing yet waits for its first byte longer than the others for one more.
 """
 
 from collections.abc import Iterable
@@ -75,6 +76,8 @@ class AgentOutbox:
         self._dirty: dict[StreamId, AgentStream] = {}
         # Held back by the pause. Not in `_dirty`, so that `pending` is false while nothing can leave.
         self._blocked: dict[StreamId, AgentStream] = {}
+        self._returning: dict[StreamId, AgentStream] = {}
+        """Those of `_dirty` that the pause held back before."""
         self._continues: list[Entry] = []
 
     @property
@@ -96,6 +99,7 @@ class AgentOutbox:
         """Nothing of the stream is to be sent any more."""
         self._dirty.pop(number, None)
         self._blocked.pop(number, None)
+        self._returning.pop(number, None)
 
     def ask_body(self, number: StreamId, limit: int) -> None:
         """Ask for the stream's request body up to `limit`."""
@@ -114,11 +118,11 @@ class AgentOutbox:
     def gather(self) -> Iterable[list[Entry]]:
         """Turn what may leave now into batches, one round: every stream has one turn."""
         entries, self._continues = self._continues, []
-        dirty, self._dirty = self._dirty, {}
+        waiting, self._dirty = self._in_turn(), {}
         size = 0
         served: dict[StreamId, AgentStream] = {}
         unserved: dict[StreamId, AgentStream] = {}
-        for number, stream in dirty.items():
+        for number, stream in waiting.items():
             before = stream.credit.sent
             size += self._take_turn(stream, entries)
             if not stream.all_sent:
@@ -133,6 +137,11 @@ class AgentOutbox:
         else:
             # Who got nothing this time comes first next time.
             self._blocked = self._blocked | unserved | served
+
+    def _in_turn(self) -> dict[StreamId, AgentStream]:
+        returning, self._returning = self._returning, {}
+        beginning = {number: stream for number, stream in self._dirty.items() if not stream.start_sent}
+        return returning | beginning | self._dirty if beginning else self._dirty
 
     def _take_turn(self, stream: AgentStream, entries: list[Entry]) -> int:
         """Append the entries of one stream that may leave now; returns payload bytes, and characters of texts."""
@@ -159,5 +168,6 @@ class AgentOutbox:
         return size
 
     def _unblock(self) -> None:
+        self._returning |= self._blocked
         self._dirty = self._blocked | self._dirty
         self._blocked = {}
