@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+from collections.abc import Awaitable, Callable
 
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -34,6 +35,7 @@ async def asked_for(rig: Rig) -> Call:
     return call
 
 
+Ask = Callable[[Rig], Awaitable[Call]]
 both_ways = pytest.mark.parametrize("send", [whole, asked_for])
 
 
@@ -56,7 +58,7 @@ async def test_a_whole_request_needs_no_task() -> None:
 
 
 @both_ways
-async def test_a_client_that_leaves_early_is_counted_once_and_leaves_nothing(send: type) -> None:
+async def test_a_client_that_leaves_early_is_counted_once_and_leaves_nothing(send: Ask) -> None:
     async with Rig("a") as rig, rig.agent("a", serve=hold) as agent:
         async with await send(rig):
             work = await agent.work()
@@ -66,7 +68,29 @@ async def test_a_client_that_leaves_early_is_counted_once_and_leaves_nothing(sen
 
 
 @both_ways
-async def test_a_client_that_leaves_in_its_answer_is_counted_once_and_leaves_nothing(send: type) -> None:
+async def test_a_body_is_kept_until_the_answer_begins_and_no_longer(send: Ask) -> None:
+    async def begin(work: Work) -> None:
+        work.start(200, SSE)
+        await work.write(b"data: 1\n\n")
+
+    def kept() -> list[bytes]:
+        (connection,) = rig._server.server_state.connections
+        (exchange,) = rig.broker._exchanges.values()
+        assert isinstance(connection, HttpProtocol)
+        assert exchange.stream is not None
+        return [bytes(connection.cycle.body), exchange.body, exchange.stream.body]
+
+    async with Rig("a") as rig, rig.agent("a", serve=hold) as agent, await send(rig) as call:
+        work = await agent.work()
+        # For a second attempt, and for a new link.
+        assert kept() == [b"", BODY, BODY]
+        await begin(work)
+        await call.head()
+        assert kept() == [b"", b"", b""]
+
+
+@both_ways
+async def test_a_client_that_leaves_in_its_answer_is_counted_once_and_leaves_nothing(send: Ask) -> None:
     async def begin(work: Work) -> None:
         work.start(200, SSE)
         await work.write(b"data: 1\n\n")
@@ -82,7 +106,7 @@ async def test_a_client_that_leaves_in_its_answer_is_counted_once_and_leaves_not
 
 
 @both_ways
-async def test_a_connection_goes_on_after_an_answer_and_after_a_refusal(send: type) -> None:
+async def test_a_connection_goes_on_after_an_answer_and_after_a_refusal(send: Ask) -> None:
     async with Rig("a") as rig, rig.agent("a") as agent, await send(rig) as call:
         await call.rest()
         assert (call.status, bytes(call.body)) == (200, BODY)
@@ -164,7 +188,7 @@ async def test_what_goes_wrong_on_the_spot_is_said_and_logged(
 
 
 @both_ways
-async def test_a_connection_that_is_over_is_freed_without_a_collection(send: type) -> None:
+async def test_a_connection_that_is_over_is_freed_without_a_collection(send: Ask) -> None:
     def in_memory() -> list[object]:
         return [each for each in gc.get_objects() if type(each) in (HttpProtocol, RequestResponseCycle)]
 

@@ -186,6 +186,7 @@ class HttpProtocol(HttpToolsProtocol):
             taken.close()
         else:
             self._taken = taken
+            cycle.body = bytearray()  # its bytes have gone on, and the answer may take long
 
     def on_response_complete(self) -> None:
         """An answer is whole; of several requests in a row the last one counts."""

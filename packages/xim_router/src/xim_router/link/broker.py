@@ -269,6 +269,7 @@ class Broker:
                         session.consumed(exchange.stream, size)
                     if exchange.first_byte_at is None and exchange.sink.committed:
                         exchange.first_byte_at = self._loop.time()
+                        exchange.body = b""  # from here on it is dispatched to nobody else
             else:
                 self.handle(link, event)
         self._journal.message(session.entries - entries, chunks, received_bytes)
