@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import asyncpg  # type: ignore[import-untyped]  # it comes without
 import pytest
@@ -274,3 +275,32 @@ async def test_sqlite_has_none(tmp_path: Path) -> None:
         version = await member.change()
         await member.publishes(version)
         assert not member.hears
+
+
+@pytest.mark.parametrize("told_after", [True, False])
+async def test_a_change_that_was_found_before_it_was_told_raises_no_doubt(
+    told_after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, doubts = [False, told_after], 0
+
+    class Changing:
+        """A store whose database changes while it is asked."""
+
+        hears_of_changes = True
+
+        async def change_told(self, within_s: float) -> bool:
+            return told.pop(0)
+
+        def not_told(self) -> None:
+            nonlocal doubts
+            doubts += 1
+
+    clock = Clock()
+    publisher = Publisher(cast(Store, Changing()), lambda catalog: None, clock=clock, monotonic=clock)
+
+    async def found() -> None:
+        publisher._published = 2
+
+    monkeypatch.setattr(publisher, "poll", found)
+    await publisher.turn()
+    assert (told, doubts) == ([], 0 if told_after else 1)

@@ -94,7 +94,8 @@ class Publisher:
         if told:
             # Many changes in a row make few catalogs.
             await asyncio.sleep(POLL_INTERVAL_S)
-        elif hears and self._published != published:
+        elif hears and self._published != published and not await self._store.change_told(POLL_INTERVAL_S):
+            # Nor a moment later: a change that was made while it was asked for is told as well.
             self._store.not_told()
 
     async def poll(self) -> None:
