@@ -88,6 +88,12 @@ class HttpProtocol(HttpToolsProtocol):
     """The error that the client is told."""
     _overdue: asyncio.TimerHandle | None = None
     """Runs while the client owes the rest of a head or body."""
+    _running: RequestResponseCycle | None = None
+    """The request whose turn it is, or was last; `cycle` is the one that came last."""
+    _spoke = False
+    """What is parsed now holds a part of a body, or begins a request."""
+    _aside_bytes = 0
+    """Of what came since the last of those: trailers, and extensions of chunks."""
     _received = 0
     """Bytes so far, and"""
     _received_before = 0
@@ -123,6 +129,11 @@ class HttpProtocol(HttpToolsProtocol):
         """The connection is gone."""
         self._wait_no_more()
         self._crowd.left(self)
+        running, self._running = self._running, None
+        if running is not None and not running.response_complete:
+            # uvicorn tells the request that came last, which may wait behind this one.
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
         if self.cycle is not None:
             # They hold each other else, and only a full collection would find them.
@@ -136,7 +147,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._told:
             return
         heading, self._began, self._piece_bytes = self._heading, False, len(data)
-        self._arriving = True
+        self._arriving, self._spoke = True, False
         super().data_received(data)
         self._arriving = False
         if self._unstarted is not None:
@@ -145,6 +156,9 @@ class HttpProtocol(HttpToolsProtocol):
             # A piece may hold the end of a body too, so of the one in which the head began nothing is counted.
             self._head_bytes = self._head_bytes + len(data) if heading and not self._began else 0
             self._check(self._head_bytes)
+        elif not self._told:
+            self._aside_bytes = 0 if self._spoke else self._aside_bytes + len(data)
+            self._check(self._aside_bytes)
         self._received += len(data)
         if not self._owes():
             self._wait_no_more()
@@ -153,8 +167,18 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self._heading = self._began = True
+        self._heading = self._began = self._spoke = True
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, for which nobody asked."""
+        if self._heading:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._spoke = True
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
@@ -170,6 +194,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """A head is whole, or a request that came behind another one has its turn."""
+        self._running = cycle
         if self._arriving:
             self._unstarted = cycle, app
         else:
@@ -201,6 +226,12 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Tell the client, unless its bytes come behind a request whose answer is still to come: that one is last."""
         self._told = True
+        if self.pipeline and self.cycle.more_body:
+            # It cannot be read to its end and its turn never comes: the answers to those before it are the last ones.
+            self.pipeline.popleft()
+            before = self.pipeline[0][0] if self.pipeline else self._running
+            assert before is not None, "what waits, waits behind one that runs"
+            self.cycle = before
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             if not cycle.more_body:
