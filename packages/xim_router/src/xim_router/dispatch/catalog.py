@@ -10,7 +10,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from xim_protocol.ids import AgentId, EndpointId, ProjectId
-from xim_protocol.messages import RouterMember
+from xim_protocol.messages import Assignment, RouterMember
 
 
 class TaskMode(StrEnum):
@@ -96,3 +96,16 @@ class Catalog:
         """The endpoint that `project` calls by slug or by model name."""
         found = self.endpoints_by_name.get((project, name))
         return None if found is None else self.endpoints[found]
+
+    def assignment_of(self, registered: RegisteredAgent) -> Assignment | None:
+        """What an agent is to serve; None where that is nothing, or is gone."""
+        endpoint = None if registered.endpoint is None else self.endpoints.get(registered.endpoint)
+        if endpoint is None:
+            return None
+        return Assignment(
+            endpoint=endpoint.endpoint,
+            served_name=endpoint.slug,
+            model=endpoint.model,
+            task_mode=endpoint.task_mode.value,
+            quantization=endpoint.quantization,
+        )

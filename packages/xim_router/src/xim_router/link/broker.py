@@ -27,7 +27,6 @@ from xim_protocol.ids import AgentId, RequestId
 from xim_protocol.lease import LeaseTable
 from xim_protocol.messages import (
     AgentState,
-    Assignment,
     CancelReason,
     Channel,
     Counted,
@@ -38,7 +37,7 @@ from xim_protocol.messages import (
     RouterMember,
 )
 from xim_protocol.router_session import Phase
-from xim_router.dispatch.catalog import Catalog, RegisteredAgent
+from xim_router.dispatch.catalog import Catalog
 from xim_router.dispatch.dispatcher import Dispatcher
 from xim_router.dispatch.effects import Assign, Effect, Rejection
 from xim_router.dispatch.reports import AgentSeen
@@ -105,7 +104,7 @@ class Broker:
             elif registered.suspended:
                 self.end_session(link, GoodbyeCode.SUSPENDED, "This agent is suspended.")
             else:
-                link.session.assign(self.assignment_of(registered))
+                link.session.assign(catalog.assignment_of(registered))
                 link.session.tell_routers(self.routers)
                 self._announce(link)
                 self._links.touch(link)
@@ -117,18 +116,6 @@ class Broker:
             return agent
         revoked = curve_public_key in self.catalog.revoked_curve_keys
         return Admission.REVOKED if revoked else Admission.UNKNOWN
-
-    def assignment_of(self, registered: RegisteredAgent) -> Assignment | None:
-        endpoint = None if registered.endpoint is None else self.catalog.endpoints.get(registered.endpoint)
-        if endpoint is None:
-            return None
-        return Assignment(
-            endpoint=endpoint.endpoint,
-            served_name=endpoint.slug,
-            model=endpoint.model,
-            task_mode=endpoint.task_mode.value,
-            quantization=endpoint.quantization,
-        )
 
     # --- Requests --------------------------------------------------------------------------------------------------
 
@@ -257,26 +244,42 @@ class Broker:
             return
         chunks = received_bytes = 0
         for event in events:
-            if type(event) is tuple:
-                exchange, payload = event
-                chunks += 1
-                received_bytes += len(payload)
-                exchange.chunks += 1
-                exchange.received_bytes += len(payload)
-                if not exchange.concluded:
-                    size = exchange.sink.put(payload)
-                    if size and exchange.stream is not None:
-                        session.consumed(exchange.stream, size)
-                    if exchange.first_byte_at is None and exchange.sink.committed:
-                        exchange.first_byte_at = self._loop.time()
-                        exchange.body = b""  # from here on it is dispatched to nobody else
-            else:
-                self.handle(link, event)
+            try:
+                if type(event) is tuple:
+                    exchange, payload = event
+                    chunks += 1
+                    received_bytes += len(payload)
+                    exchange.chunks += 1
+                    exchange.received_bytes += len(payload)
+                    if not exchange.concluded:
+                        size = exchange.sink.put(payload)
+                        if size and exchange.stream is not None:
+                            session.consumed(exchange.stream, size)
+                        if exchange.first_byte_at is None and exchange.sink.committed:
+                            exchange.first_byte_at = self._loop.time()
+                            exchange.body = b""  # from here on it is dispatched to nobody else
+                else:
+                    self.handle(link, event)
+            except Exception:
+                # The message has other clients' bytes too, which come only once.
+                self._spoiled(event)
         self._journal.message(session.entries - entries, chunks, received_bytes)
         if session.wants_to_send:
             self._links.touch(link)
         if session.closes_streams:
             self._links.touch_later(link)
+
+    def _spoiled(self, event: RouterEvent[Exchange]) -> None:
+        """A fault of ours, while `event` was seen to: it ends the one answer that it belongs to."""
+        exchange: Exchange | None = event[0] if isinstance(event, tuple) else getattr(event, "context", None)
+        log.exception("answer failed", extra={"request": None if exchange is None else exchange.request})
+        if exchange is None:
+            return
+        exchange.sink.abort()
+        if not exchange.concluded:
+            self._conclude(exchange, "internal_error")
+        over = not isinstance(event, (tuple, ResponseStarted))
+        self._release(exchange) if over else self._give_up(exchange, CancelReason.CLIENT_LEFT)
 
     def on_oversized(
         self, channel: Channel, routing_id: RoutingId, agent: AgentId, descriptor: Callable[[], int], frames: int
@@ -411,9 +414,8 @@ class Broker:
         """Tell the dispatcher how an agent stands now."""
         report = link.session.report
         registered = self.catalog.agents.get(link.agent)
-        assignment = None if registered is None else self.assignment_of(registered)
-        state = report.state
-        served = report.served_model
+        assignment = None if registered is None else self.catalog.assignment_of(registered)
+        state, served = report.state, report.served_model
         if state is AgentState.READY and assignment is not None and served not in (None, assignment.served_name):
             # The engine still serves what was assigned before.
             state = AgentState.STARTING
@@ -426,7 +428,7 @@ class Broker:
         )
         self._perform(self.dispatcher.agent_up(view, self._loop.time()))
 
-    # --- Time ------------------------------------------------------------------------------------------------------
+    # --- Time, and the end -----------------------------------------------------------------------------------------
 
     def _rearm(self) -> None:
         """One timer for the earliest deadline of queue and leases."""
@@ -458,8 +460,6 @@ class Broker:
                     self._links.reply(control, Expired())
                 self.end_session(link, None, "")
         self._perform(self.dispatcher.expire(now))
-
-    # --- End -------------------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Take nothing new and turn away what is parked; what is in flight goes on."""

@@ -15,7 +15,6 @@ from xim_protocol.events import RouterEvent
 from xim_protocol.ids import AgentId, SessionId
 from xim_protocol.messages import (
     PROTOCOL_VERSION,
-    Assignment,
     Attach,
     Channel,
     Expired,
@@ -42,9 +41,6 @@ class Host(Protocol):
 
     catalog: Catalog
     routers: tuple[RouterMember, ...]
-
-    def assignment_of(self, registered: RegisteredAgent) -> Assignment | None:
-        """What an agent is to serve."""
 
     def lose_link(self, link: AgentLink) -> None:
         """The sockets of `link` are given up; its session lives on."""
@@ -136,7 +132,7 @@ class Reception:
             agent=registered.agent,
             session=SessionId(secrets.token_hex(12)),
             hello=hello,
-            assignment=self._host.assignment_of(registered),
+            assignment=self._host.catalog.assignment_of(registered),
             routers=self._host.routers,
         )
         link = AgentLink(agent=registered.agent, session=session)
