@@ -109,7 +109,7 @@ class UvicornWriter:
         cycle.on_response()
 
     def write(self, payload: bytes) -> bool:
-        """Write one chunk unless the client is slow or gone, or the response is not chunked (HTTP/1.0, HEAD)."""
+        """Write one chunk unless the client is slow or gone, or the response is not chunked (HEAD)."""
         cycle = self._cycle
         if self._flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
             return False
