@@ -19,9 +19,13 @@ class Response:
 
     sent_bytes: int = 0
     waiting: int = 0
+    unacknowledged: int = 0
 
     def waiting_bytes(self) -> int:
         return self.waiting
+
+    def unacknowledged_bytes(self) -> int:
+        return self.unacknowledged
 
 
 @dataclass(eq=False)
@@ -74,6 +78,28 @@ class Watched:
 
     def stalled_for(self, cause: StallCause) -> float:
         return round(self.hot.stalled_s[cause], 1)
+
+
+async def test_a_client_that_takes_from_the_kernels_buffer_alone_is_not_cut_off() -> None:
+    case = Watched()
+    case.look(sent_bytes=100, waiting=100, unacknowledged=1_000)
+    for left in range(990, 900, -10):
+        case.look(unacknowledged=left)
+    assert not case.stalled
+    assert case.stalled_for(StallCause.CLIENT) == 1.0  # before it took the first of it
+    for _ in range(4):
+        assert not case.stalled
+        case.look()
+    assert case.stalled == [case.exchange]
+
+
+async def test_what_the_kernel_took_more_is_no_sign_of_the_client() -> None:
+    case = Watched()
+    for queued in range(1_000, 5_000, 1_000):
+        assert not case.stalled
+        case.look(sent_bytes=100, waiting=100, unacknowledged=queued)
+    case.look()
+    assert case.stalled == [case.exchange]
 
 
 async def test_a_client_that_takes_nothing_is_cut_off_after_the_timeout() -> None:

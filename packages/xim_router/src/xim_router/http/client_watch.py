@@ -2,7 +2,8 @@
 
 Bytes wait for a client in two places: in its response's queue, and in its connection's write buffer. The server lets
 `send` go on until that buffer holds 64 KiB, so an answer may be complete, and its slot free for long, while its client
-has taken none of it: a response is watched until nothing of it waits any more.
+has taken none of it: a response is watched until nothing of it waits any more. Behind both is the kernel's buffer, of
+megabytes, which asks for more only when a third of it is free: a slow client that takes from it shows nowhere else.
 
 One look at all of them, not a timer each: nothing is paid per chunk.
 """
@@ -28,25 +29,32 @@ class Watched(Protocol):
     def waiting_bytes(self) -> int:
         """How many of them the client has not taken."""
 
+    def unacknowledged_bytes(self) -> int:
+        """How many the kernel has taken, and the client's kernel has not; 0 where nobody knows."""
+
 
 class _Entry:
     """One response between two looks."""
 
-    __slots__ = ("exchange", "left", "received", "response", "since", "still_s", "taken", "waiting")
+    __slots__ = ("exchange", "left", "received", "response", "since", "still_s", "taken", "unacknowledged", "waiting")
 
     def __init__(self, exchange: Exchange, response: Watched, since: float) -> None:
         self.exchange, self.response, self.since = exchange, response, since
         self.left = False
-        self.taken = self.waiting = self.received = 0
+        self.taken = self.waiting = self.unacknowledged = self.received = 0
         self.still_s = 0.0
 
     def moved(self) -> bool:
         """Whether the client took anything since the last look, or has nothing to take."""
         waiting = self.response.waiting_bytes()
+        if not waiting:
+            self.waiting = 0
+            return True
+        unacknowledged = self.response.unacknowledged_bytes()
         # Framing is in what waits and not in what was sent, so a client that takes less than that shows by the second.
         taken = self.response.sent_bytes - waiting
-        moved = not waiting or taken > self.taken or waiting < self.waiting
-        self.taken, self.waiting = max(self.taken, taken), waiting
+        moved = taken > self.taken or waiting < self.waiting or unacknowledged < self.unacknowledged
+        self.taken, self.waiting, self.unacknowledged = max(self.taken, taken), waiting, unacknowledged
         return moved
 
     def answered(self) -> bool:

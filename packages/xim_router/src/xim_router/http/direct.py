@@ -7,6 +7,9 @@ nothing (bench/README.md has the numbers). This way is taken while nothing is un
 All knowledge of uvicorn's inside stands in this module, and `tests/router/http/test_direct.py` holds it.
 """
 
+import array
+import fcntl
+import termios
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -36,6 +39,9 @@ class ChunkWriter(Protocol):
 
     def waiting_bytes(self) -> int:
         """Bytes that were written and not yet taken by the kernel."""
+
+    def unacknowledged_bytes(self) -> int:
+        """Bytes that the kernel has taken, and the client's kernel has not said that it has; 0 where nobody knows."""
 
     def abort(self) -> None:
         """Close the connection now, without flushing."""
@@ -120,6 +126,15 @@ class UvicornWriter:
         """What the connection's write buffer holds, which may be of an earlier answer too."""
         return 0 if self._cycle.disconnected else self._transport.get_write_buffer_size()
 
+    def unacknowledged_bytes(self) -> int:
+        """The length of the socket's send queue (SIOCOUTQ in tcp(7), which is TIOCOUTQ by another name)."""
+        queued = array.array("i", [0])
+        try:
+            fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        except OSError:
+            return 0  # closed, or a kernel that does not say so of sockets
+        return queued[0]
+
     def abort(self) -> None:
         """Close the connection now, without flushing."""
         # Not asked for its class: uvloop's transports are none of asyncio's.
@@ -149,6 +164,10 @@ class NoDirectWay:
 
     def waiting_bytes(self) -> int:
         """Unknown; what `send` does not take is known without it."""
+        return 0
+
+    def unacknowledged_bytes(self) -> int:
+        """Unknown."""
         return 0
 
     def abort(self) -> None:

@@ -233,6 +233,10 @@ class HttpResponse:
         """Bytes that were given out and that the client's kernel has not taken: held here, or by the connection."""
         return self._direct.waiting_bytes() + (0 if self._task is None else self._held)
 
+    def unacknowledged_bytes(self) -> int:
+        """Bytes that the kernel has taken, and the client's kernel has not; an earlier answer's too."""
+        return self._direct.unacknowledged_bytes()
+
     # --- Towards the client ----------------------------------------------------------------------------------------
 
     def _answer(self, error: ApiError) -> None:
