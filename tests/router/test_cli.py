@@ -19,6 +19,7 @@ from tests.support.programs import PATIENCE_S, Program, clean_environment, event
 from xim_protocol.enrollment import JoinKey
 from xim_protocol.ids import AgentId
 from xim_router.cli import main
+from xim_router.control.database_url import database_url
 from xim_router.control.plane import ControlPlane
 from xim_router.dispatch.reports import AgentSeen
 from xim_router.settings import RouterSettings, declared
@@ -178,6 +179,35 @@ def test_the_database_commands_tell_its_state(cli: Cli, database_url: str) -> No
     assert "belongs to the secret key" in cli("db", "check").stdout
     other_key = {"XEROTIER_ROUTER_SECRET_KEY": "ab" * 32}
     assert "does not belong to this database" in cli("db", "check", exit_code=1, **other_key).output
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql+asyncpg://xim:hid@den:hush@db:5432/xim", "percent-encoded"),
+        ("postgresql+asyncpg://xim:hush@[::1/xim", "percent-encoded"),
+        ("postgresql+asyncpg://xim:hush@127.0.0.1:99999/xim", "from 1 to 65535"),
+        ("postgresql+asyncpg://xim:hush@127.0.0.1/xim?sslmode=require", "ssl= instead of sslmode="),
+        ("postgresql+asyncpg://xim:hush@127.0.0.1/xim?statement_cache_size=0", "statement_cache_size"),
+        ("postgresql+asyncpg://xim:hush@127.0.0.1/xim?prepared_statement_cache_size=x", "a port is a number"),
+        ("sqlite+aiosqlite:///", "names no file"),
+        ("sqlite+aiosqlite:///:memory:", "names no file"),
+    ],
+)
+@pytest.mark.parametrize("command", [("project", "list"), ("db", "check"), ("serve",)])
+def test_a_database_url_that_no_driver_takes_is_told_without_its_password(
+    cli: Cli, command: tuple[str, ...], url: str, said: str
+) -> None:
+    result = cli(*command, exit_code=1, XEROTIER_ROUTER_DATABASE_URL=url)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "XEROTIER_ROUTER_DATABASE_URL" in result.output
+    assert said in result.output
+    assert "hush" not in result.output
+
+
+def test_the_options_of_a_database_url_that_the_driver_takes_are_passed_on() -> None:
+    url = database_url("postgresql+asyncpg://xim@h/d?ssl=require&target_session_attrs=primary")
+    assert dict(url.query) == {"ssl": "require", "target_session_attrs": "primary"}
 
 
 def test_wrong_settings_stop_every_command_with_all_of_them(cli: Cli) -> None:

@@ -124,6 +124,39 @@ async def test_of_two_routers_with_one_key_the_newer_stays_and_the_older_says_so
     assert await mesh.addresses() == ["tcp://r2:5555"]
 
 
+async def test_of_two_routers_at_one_address_the_newer_stays_and_the_older_says_so_once(
+    mesh: Mesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = mesh.process(member(1)), mesh.process(member(1, key=9))
+    await older.join()
+    await newer.join()
+    version = await mesh.version()
+    for _ in range(3):
+        await older.renew()
+        await newer.renew()
+    assert await mesh.version() == version, "agents are not driven to and fro"
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "same address" in told.getMessage()
+    assert "XEROTIER_ROUTER_ADVERTISE_HOST" in vars(told)["remedy"]
+    await newer.leave()
+    await older.renew()
+    assert await mesh.addresses() == ["tcp://r1:5555"], "the place is free"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_routers_whose_leases_ended_together_renew_them_together(mesh: Mesh) -> None:
+    for number in (1, 2):
+        await mesh.process(member(number)).join()
+    for number in (1, 2):
+        await mesh.let_expire(member(number))
+    # As `Membership.renew`, step by step.
+    async with mesh.store.record() as first, mesh.store.record() as second:
+        assert await first.extend_member("process-1", 15.0)
+        assert await second.extend_member("process-2", 15.0)
+        assert not any(await asyncio.gather(first.drop_expired_members(), second.drop_expired_members()))
+    assert await mesh.addresses() == ["tcp://r1:5555", "tcp://r2:5555"]
+
+
 async def test_routers_that_join_at_once_are_all_there(mesh: Mesh) -> None:
     await asyncio.gather(*(mesh.process(member(number)).join() for number in range(1, 6)))
     assert len(await mesh.addresses()) == 5

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import make_url, text
 
 from tests.router.control.plane_under_test import START, Clock, Node, PlaneUnderTest
-from tests.support.programs import PATIENCE_S
+from tests.support.programs import PATIENCE_S, eventually
 from xim_protocol.ids import AgentId, ProjectId
 from xim_router.control.database import Database
 from xim_router.control.errors import KeyFileUnusable, SecretKeyMismatch
@@ -152,6 +152,39 @@ async def test_an_agent_that_left_has_no_state_unless_another_router_saw_it_sinc
     later = AgentSeen(agent=agent, seen_at=START + 12, state="draining")
     assert await written(later) == (START + 12, "draining")
     assert await written(left) == (START + 12, "draining")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("departed", [True, False])
+async def test_two_routers_that_saw_the_same_agents_do_not_wait_for_each_other(
+    under_test: PlaneUnderTest, database_url: str, departed: bool
+) -> None:
+    await under_test.demo_project()
+    key = await under_test.join_key(max_uses=2)
+    nodes = [Node(bytes([number]) * 32) for number in (1, 2)]
+    first, second = sorted([(await under_test.enroll(node.request(key))).agent_id for node in nodes])
+    reports = [AgentSeen(agent=second, seen_at=START), AgentSeen(agent=first, seen_at=START, departed=departed)]
+    database = await Database.open(database_url)
+    locking = text("SELECT id FROM agents WHERE id = :id FOR UPDATE NOWAIT")
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    async with database.write() as another:
+        # The other router has the first agent, and will take the second.
+        await another.execute(locking, {"id": first})
+        for each in reports:
+            under_test.plane.report_seen(each)
+        writing = asyncio.create_task(under_test.plane.write_seen())
+
+        async def waiting() -> bool:
+            async with database.read() as looking:
+                return bool((await looking.execute(waits)).scalar_one())
+
+        await eventually(waiting)
+        await another.execute(locking, {"id": second})
+    await writing
+    assert {each.agent.last_seen_at for each in await under_test.plane.accounts.agents("demo")} == {START}
+    await database.close()
 
 
 async def test_what_was_seen_is_written_within_a_second(under_test: PlaneUnderTest) -> None:

@@ -16,12 +16,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Select, event, make_url, text
+from sqlalchemy import URL, Connection, Select, event, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from xim_router.control import migrations
+from xim_router.control.database_url import database_url
 from xim_router.control.errors import DatabaseUnavailable, DatabaseUnreadable, SchemaNotCurrent, unusable
 from xim_router.control.notifications import Notifications
 
@@ -40,10 +41,15 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        parsed = make_url(url)
+        """Nothing is opened yet.
+
+        Raises:
+            DatabaseUrlInvalid: `url` names no server and no file.
+        """
+        parsed = database_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self._path = Path(parsed.database or "") if self.is_sqlite else None
-        self._engine = _sqlite_engine(url) if self.is_sqlite else _postgres_engine(url)
+        self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgres_engine(parsed)
         self.notifications = None if self.is_sqlite else Notifications(self._engine)
         """Of changes; SQLite has none."""
 
@@ -52,6 +58,7 @@ class Database:
         """The database at `url`, made where it is missing and migrated where it is older.
 
         Raises:
+            DatabaseUrlInvalid: `url` names no server and no file.
             DatabaseUnavailable: it cannot be reached.
             SchemaNotCurrent: it is newer than this program.
         """
@@ -179,7 +186,7 @@ def _migrate(connection: Connection, revision: str) -> None:
         command.upgrade(config, revision)
 
 
-def _sqlite_engine(url: str) -> AsyncEngine:
+def _sqlite_engine(url: URL) -> AsyncEngine:
     # isolation_level None: sqlite3 begins no transaction of its own, the listener below does.
     driver = {"isolation_level": None, "timeout": _SQLITE_BUSY_TIMEOUT_S}
     # One connection: reads and writes that meet take turns of a millisecond, where a second one would stay for good. A
@@ -202,7 +209,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
     return engine
 
 
-def _postgres_engine(url: str) -> AsyncEngine:
+def _postgres_engine(url: URL) -> AsyncEngine:
     return create_async_engine(
         url,
         pool_pre_ping=True,

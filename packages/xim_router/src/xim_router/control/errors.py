@@ -34,6 +34,14 @@ class DatabaseUnreadable(DatabaseUnavailable):
         ControlError.__init__(self, f"{path} {wrong}.", remedy)
 
 
+class DatabaseUrlInvalid(ControlError):
+    """The database's URL names no server and no file."""
+
+    def __init__(self, wrong: str, remedy: str) -> None:
+        """`wrong` quotes nothing that may be secret."""
+        super().__init__(f"XEROTIER_ROUTER_DATABASE_URL {wrong}.", remedy)
+
+
 class SchemaNotCurrent(ControlError):
     """The database was made by another version of the router."""
 

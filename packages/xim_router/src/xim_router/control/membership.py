@@ -11,6 +11,7 @@ from xim_protocol.messages import RouterMember
 from xim_router.control.errors import ControlError
 from xim_router.control.records import MemberRecord
 from xim_router.control.store import Store, Taken
+from xim_router.settings import ADVERTISE_HOST
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,14 @@ RENEW_S = 5.0
 MEMBER_LEASE_S = 15.0
 """A member that was not heard of for so long has left: two renewals may be lost."""
 
+_OWN_DATA_DIR = (
+    "Give each router a data directory of its own (XEROTIER_ROUTER_DATA_DIR); only the secret key is shared."
+)
+_OWN_ADDRESS = (
+    f"Give each router an address of its own for agents to dial: {ADVERTISE_HOST}, or XEROTIER_ROUTER_CONTROL_PORT and "
+    "XEROTIER_ROUTER_STREAMING_PORT."
+)
+
 
 class MemberConflict(ControlError):
     """Another router registers with the same CURVE key at this moment."""
@@ -26,7 +35,7 @@ class MemberConflict(ControlError):
     def __init__(self) -> None:
         super().__init__(
             "Another router registers with this router's CURVE key at this moment.",
-            "Give each router a data directory of its own (XEROTIER_ROUTER_DATA_DIR); only the secret key is shared.",
+            _OWN_DATA_DIR,
         )
 
 
@@ -72,7 +81,8 @@ class Membership:
         """
         async with self._store.record() as transaction:
             renewed = await transaction.extend_member(self._id, MEMBER_LEASE_S)
-            holder = None if renewed else await transaction.member_with_key(self._member.curve_public_key)
+            place = self._member.curve_public_key, self._member.control_address
+            holder = None if renewed else await transaction.member_in_place_of(*place)
             if await transaction.drop_expired_members():
                 await transaction.raise_version()
         if renewed:
@@ -83,10 +93,11 @@ class Membership:
         elif not self._replaced:
             # The newer one stays: two that took the row from each other would drive the agents to and fro.
             self._replaced = True
-            conflict = MemberConflict()
+            same_key = holder.curve_public_key == self._member.curve_public_key
             log.error(
-                "another router took this router's place in the mesh: it has the same CURVE key",
-                extra={"other": holder.control_address, "remedy": conflict.remedy},
+                "another router took this router's place in the mesh: "
+                + ("it has the same CURVE key" if same_key else "it advertises the same address"),
+                extra={"other": holder.control_address, "remedy": _OWN_DATA_DIR if same_key else _OWN_ADDRESS},
             )
 
     async def leave(self) -> None:

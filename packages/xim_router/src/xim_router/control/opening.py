@@ -28,6 +28,7 @@ async def open_storage(settings: RouterSettings) -> AsyncIterator[Storage]:
 
     Raises:
         KeyFileUnusable: a key file or the data directory cannot be used.
+        DatabaseUrlInvalid: the database's URL names no server and no file.
         DatabaseUnavailable: the database does not answer.
         SchemaNotCurrent: the database is newer than this program.
         SecretKeyMismatch: the database was written with another secret key.

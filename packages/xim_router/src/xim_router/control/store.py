@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
-from sqlalchemy import Delete, Row, Select, Table, Update, bindparam, delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, Delete, Row, Select, Table, Update, bindparam, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -195,7 +195,11 @@ class Transaction:
 
         That an agent has left says the router that lost it. It counts unless another one saw the agent later.
         """
+        reports = list(reports)
         table = tables.agents
+        # Every router writes of the same agents: they lock the rows in one order, or two could wait for each other.
+        named = select(table.c.id).where(table.c.id.in_([each.agent for each in reports])).order_by(table.c.id)
+        await self._connection.execute(named.with_for_update(key_share=True))
         values: dict[str, Any] = {"last_seen_at": bindparam("seen"), "state": bindparam("state_word")}
         seen = update(table).where(table.c.id == bindparam("agent")).values(values)
         unless_later = or_(table.c.last_seen_at.is_(None), table.c.last_seen_at <= bindparam("seen"))
@@ -226,9 +230,10 @@ class Transaction:
         query = select(table).where(table.c.expires_at > unix_now()).order_by(table.c.started_at, table.c.id)
         return [_member(row) for row in await self._rows(query)]
 
-    async def member_with_key(self, curve_public_key: bytes) -> MemberRecord | None:
-        """The router that is registered with this CURVE key, whether its lease runs or not."""
-        row = await self._row(select(tables.members).where(tables.members.c.curve_public_key == curve_public_key))
+    async def member_in_place_of(self, curve_public_key: bytes, control_address: str) -> MemberRecord | None:
+        """A router that is registered with this CURVE key or at this address, whether its lease runs or not."""
+        query = select(tables.members).where(_same_place(curve_public_key, control_address))
+        row = (await self._connection.execute(query.order_by(tables.members.c.id))).first()
         return None if row is None else _member(row)
 
     async def replace_member(self, member: MemberRecord, lease_s: float) -> None:
@@ -238,9 +243,7 @@ class Transaction:
             Taken: another process registers the same key at this moment.
         """
         table = tables.members
-        same = or_(
-            table.c.curve_public_key == member.curve_public_key, table.c.control_address == member.control_address
-        )
+        same = _same_place(member.curve_public_key, member.control_address)
         await self._connection.execute(delete(table).where(same))
         values = {**asdict(member), "seen_at": unix_now(), "expires_at": unix_now() + lease_s}
         try:
@@ -260,7 +263,10 @@ class Transaction:
 
     async def drop_expired_members(self) -> bool:
         """Take out every router whose lease is over; False when there is none."""
-        return await self._changed(delete(tables.members).where(tables.members.c.expires_at <= unix_now()))
+        table = tables.members
+        # One that renews its lease at this moment is not over, and may be about to wait for us in its turn.
+        over = select(table.c.id).where(table.c.expires_at <= unix_now()).with_for_update(skip_locked=True)
+        return await self._changed(delete(table).where(table.c.id.in_(over)))
 
     async def _changed(self, statement: Update | Delete) -> bool:
         return (await self._connection.execute(statement)).rowcount > 0
@@ -352,6 +358,11 @@ _TABLES: dict[type, Table] = {
     AgentRecord: tables.agents,
     RefreshTokenRecord: tables.refresh_tokens,
 }
+
+
+def _same_place(curve_public_key: bytes, control_address: str) -> ColumnElement[bool]:
+    table = tables.members
+    return or_(table.c.curve_public_key == curve_public_key, table.c.control_address == control_address)
 
 
 def _of_project(table: Table, project: ProjectId | None) -> Select[Any]:
