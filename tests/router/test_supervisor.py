@@ -31,6 +31,14 @@ def test_a_worker_that_cannot_start_at_all_is_given_up_at_once_and_later_on_neve
     assert [restarts.after(UNUSABLE_STATUS, 0.5) for _ in range(10 * CRASHES)] == [LONGEST_DELAY_S] * 10 * CRASHES
 
 
+def test_a_crash_after_a_database_that_was_away_for_long_is_no_crash_loop() -> None:
+    restarts = Restarts()
+    restarts.after(-9, 60.0)
+    for _ in range(10 * CRASHES):
+        restarts.after(UNUSABLE_STATUS, 0.5)
+    assert [restarts.after(-9, 0.1) is None for _ in range(CRASHES)] == [False] * (CRASHES - 1) + [True]
+
+
 POSTGRES = {"XEROTIER_ROUTER_DATABASE_URL": "postgresql+asyncpg://u:p@db/xim"}
 
 

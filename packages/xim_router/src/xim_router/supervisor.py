@@ -44,15 +44,15 @@ class Restarts:
     lives: int = 0
     """Starts so far that came to an end."""
     ends: int = 0
-    """Ends in a row, each soon after the start."""
+    """Ends in a row, each soon after the start; those that an operator can mend are not among them."""
 
     def after(self, status: int, ran_s: float) -> float | None:
         """Seconds until the next start after an end with `status`; None when it is of no use."""
         self.lives += 1
-        self.ends = 1 if ran_s >= STEADY_S else self.ends + 1
         if status == UNUSABLE_STATUS:
             # At first it is a setting that is wrong. Later it is a database that is away: the other workers serve.
             return None if self.lives == 1 else LONGEST_DELAY_S
+        self.ends = 1 if ran_s >= STEADY_S else self.ends + 1
         if self.ends > CRASHES:
             return None
         return float(min(FIRST_DELAY_S * 2.0 ** (self.ends - 1), LONGEST_DELAY_S))
