@@ -134,6 +134,20 @@ async def test_two_processes_of_one_identity_end_with_the_remedy(tmp_path: Path)
             assert not any("Traceback" in line for line in agent.lines)
 
 
+async def test_an_agent_that_was_long_without_a_router_serves_again_when_there_is_one(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll, DEGRADED_TO_FAILED_TIMEOUT_SECONDS="1") as agent:
+            await ready(router)
+            assert router.session is not None
+            router.admit_all = False
+            router.session.expire()
+            await router.flush()
+            await agent.says("state", state="failed", before="degraded")
+            router.admit_all = True
+            await ready(router)
+
+
 async def test_another_assignment_restarts_the_engine(tmp_path: Path) -> None:
     async with enrollment_router() as enroll, RouterStub() as router:
         enroll.answers.append(granted(router, served_name=None))

@@ -188,7 +188,8 @@ class Node:
 
     def _linked(self) -> None:
         self._step(Step.LINKED)
-        if self._state is State.DEGRADED and self._engine.ready:  # only the lease was missing
+        # Only the lease was missing, for however long: an engine that was ready all the time says so no second time.
+        if self._state in (State.DEGRADED, State.FAILED) and self._engine.ready:
             self._step(Step.ENGINE_READY)
 
     def _link_lost(self) -> None:
