@@ -86,6 +86,29 @@ def test_a_stream_is_asked_for_its_usage(options: object) -> None:
     assert body.stream
 
 
+@pytest.mark.parametrize("yes", [1, 1.0, "true", "True", "1", "yes", "on", "t", "Y"])
+def test_a_stream_that_is_asked_for_in_another_word_is_asked_for_its_usage(yes: object) -> None:
+    body = prepared(json.dumps({"stream": yes}).encode())
+    assert json.loads(body.body)["stream_options"] == {"include_usage": True}
+    assert body.take_usage_out
+    assert body.stream
+
+
+@pytest.mark.parametrize("no", [0, 0.0, "false", "FALSE", "0", "no", "off", "f", "N"])
+def test_in_whichever_word_the_client_wants_no_usage_the_engine_is_asked(no: object) -> None:
+    body = prepared(json.dumps({"stream": True, "stream_options": {"include_usage": no}}).encode())
+    assert json.loads(body.body)["stream_options"] == {"include_usage": True}
+    assert body.take_usage_out
+    assert not prepared(json.dumps({"stream": no}).encode()).stream
+
+
+@pytest.mark.parametrize("neither", [2, 0.5, "", "maybe", " true", [], [True], {}, {"a": 1}])
+def test_what_is_no_word_for_a_stream_is_left_for_vllm_to_refuse(neither: object) -> None:
+    sent = {"stream": neither}
+    assert engine_sees(sent)["stream"] == neither
+    assert "stream_options" not in engine_sees(sent)
+
+
 def test_a_client_that_asked_keeps_its_usage() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = prepared(json.dumps({"stream": True, "stream_options": options}).encode())

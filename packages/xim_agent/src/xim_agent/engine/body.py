@@ -23,6 +23,8 @@ Fields = dict[str, bytes | msgspec.Raw]
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _MISSING_FIELD = re.compile(rb"('loc': 'body\.[^.']+', 'msg': 'Field required', 'input': '<dict of )(\d+) items>'")
 """Of a top-level field; what is missing further down counts the fields of another object."""
+_YES = frozenset({"1", "on", "t", "true", "y", "yes"})
+_NO = frozenset({"0", "off", "f", "false", "n", "no"})
 
 
 class BodyInvalid(Exception):
@@ -72,7 +74,7 @@ def prepare_body(body: bytes, *, route: Route, model: str, salt: Callable[[str |
     fields["model"] = _quoted(model)
     if route.cache_salt:
         _set_salt(fields, salt)
-    stream = bytes(fields.get("stream", b"")) == b"true" and route.terminal is not TerminalEvent.NONE
+    stream = route.terminal is not TerminalEvent.NONE and _truth(_value(fields, "stream")) is True
     take_usage_out = stream and route.stream_options and _ask_for_usage(fields)
     return PreparedBody(
         body=_written(fields),
@@ -139,7 +141,10 @@ def _ask_for_usage(fields: Fields) -> bool:
     if options is None:
         fields["stream_options"] = b'{"include_usage":true}'
         return True
-    if not isinstance(options, dict) or options.get("include_usage") not in (None, False):
+    if not isinstance(options, dict):
+        return False
+    include = options.get("include_usage")
+    if include is not None and _truth(include) is not False:
         return False
     asked = {**options, "include_usage": True}
     if "continuous_usage_stats" in options:
@@ -147,6 +152,17 @@ def _ask_for_usage(fields: Fields) -> bool:
         asked["continuous_usage_stats"] = False
     fields["stream_options"] = _json(asked)
     return True
+
+
+def _truth(value: object) -> bool | None:
+    """A boolean as vLLM reads it, which is pydantic's lax way; None for what is none.
+
+    A client that wrote one in another word would else be given a stream whose tokens nobody counts.
+    """
+    if isinstance(value, str):
+        word = value.lower()
+        return word in _YES if word in _YES | _NO else None
+    return value == 1 if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
 def _value(fields: Fields, name: str) -> object:
