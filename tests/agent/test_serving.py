@@ -20,7 +20,7 @@ from xim_agent import places
 from xim_agent.engine import http
 from xim_agent.engine.http import EngineConnection
 from xim_agent.engine.process import EngineState
-from xim_agent.relay import Outcome, ServedModel
+from xim_agent.relay import Outcome, Relay, ServedModel
 from xim_agent.serving import Serving
 from xim_protocol.events import SlotsFree
 from xim_protocol.ids import ProjectId
@@ -179,6 +179,23 @@ async def test_a_cancel_of_a_stream_that_waits_for_its_client_leaves_nothing(tmp
         assert not {task for task in asyncio.all_tasks() - tasks if answer.request in task.get_name()}
 
 
+async def test_a_stream_that_waits_for_its_client_does_not_outlive_the_connection(tmp_path: Path) -> None:
+    async with RouterStub() as router, node(tmp_path, router, capacity=1) as parts:
+        tasks = asyncio.all_tasks()
+        router.consuming = False
+        answer = await router.submit(chat({"chunks": 20_000, "interval_ms": 0}))
+        await router.until(lambda: len(answer.body) == 65_536)
+        waiting = [task for task in asyncio.all_tasks() - tasks if answer.request in task.get_name()]
+        assert waiting
+        left = parts.stopwatch()
+        parts.connections[0].close()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.wait(waiting)
+        await parts.idle_engine(left)
+        assert parts.outcomes == [Outcome.ABORTED]
+        assert parts.serving.statistics().in_flight == 0
+
+
 async def test_the_end_of_an_answer_waits_for_the_credit_of_its_last_bytes(tmp_path: Path) -> None:
     async with RouterStub() as router, node(tmp_path, router, capacity=1) as parts:
         router.consuming = False
@@ -321,3 +338,26 @@ async def test_a_bug_in_one_stream_harms_no_other(
         assert lasting.ended
         serving: Serving = parts.serving
         assert serving.statistics().in_flight == 0
+
+
+def _unstarted(relay: Relay) -> None:
+    raise ZeroDivisionError
+
+
+async def test_a_bug_before_a_stream_has_begun_harms_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with RouterStub() as router, node(tmp_path, router) as parts:
+        lasting: Asked = await router.submit(chat({"chunks": 100, "interval_ms": 5}))
+        await router.until(lambda: lasting.chunks > 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Relay, "start", _unstarted)
+            answer = await router.ask(chat())
+        assert answer.failed is not None
+        assert answer.failed.code is FailCode.INTERNAL
+        assert "ZeroDivisionError" in caplog.text
+        await router.until(lambda: lasting.over)
+        assert lasting.ended
+        assert len(router.hellos) == 1
+        assert parts.outcomes == [Outcome.FAILED, Outcome.ENDED]
+        assert parts.serving.statistics().in_flight == 0

@@ -155,6 +155,21 @@ async def test_a_lease_that_ends_without_a_link_aborts_the_streams() -> None:
             assert router.hellos[-1].streams == ()
 
 
+async def test_who_waits_until_all_is_settled_goes_on_when_the_lease_ends_without_a_link() -> None:
+    async with RouterStub() as router, TcpProxy(router.address.control_addr) as control:
+        keys = curve_keys()
+        router.admitted[keys.public] = b"200"
+        through = replace(router.address, control_addr=control.address)
+        async with agent(through, keys=keys, settings=config(lease_s=0.6)) as node:
+            await node.linked()
+            await router.submit(PROMPT)
+            await node.told.request()
+            settled = asyncio.create_task(node.connection.settle())
+            await control.cut()
+            async with asyncio.timeout(PATIENCE_S):
+                await settled
+
+
 async def test_an_idle_link_stays_and_renews() -> None:
     async with RouterStub() as router, agent(router, settings=config(lease_s=1.2)) as node:
         await node.linked()

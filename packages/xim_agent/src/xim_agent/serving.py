@@ -5,6 +5,7 @@ request finds it free. What becomes of an accepted request is the business of it
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from xim_protocol.events import (
     StreamFailed,
 )
 from xim_protocol.ids import ProjectId, StreamId
-from xim_protocol.messages import RefusalReason, Submit
+from xim_protocol.messages import FailCode, RefusalReason, Submit
 from xim_protocol.routes import ROUTES_BY_PATH, Route
+
+log = logging.getLogger(__name__)
 
 
 class Engine(EngineCalls, Tokenizer, Protocol):
@@ -101,6 +104,13 @@ class Serving:
 
     def receive(self, link: RouterLink, event: AgentEvent) -> None:
         """Take an event of `link`'s session; events that are no business of streams are ignored."""
+        try:
+            self._take(link, event)
+        except Exception:
+            # Its message has other streams' events too, and an error in it would end the link and all of the agent.
+            self._spoiled(link, event)
+
+    def _take(self, link: RouterLink, event: AgentEvent) -> None:
         match event:
             case RequestReceived():
                 self._requested(link, event.submit)
@@ -114,6 +124,21 @@ class Serving:
                 self._stop(link, event.stream, Outcome.ABORTED)
             case StreamFailed():
                 self._stop(link, event.stream, Outcome.STALLED)
+
+    def _spoiled(self, link: RouterLink, event: AgentEvent) -> None:
+        """A fault of ours, while `event` was seen to: it ends the one stream that it belongs to."""
+        submit = event.submit if isinstance(event, RequestReceived) else None
+        number: StreamId | None = getattr(event, "stream", None) if submit is None else submit.stream
+        log.exception("stream failed", extra={"request": None if submit is None else submit.request})
+        if number is None:
+            return
+        relay = self._relays.get((link, number))
+        if relay is not None:
+            if relay.placed:
+                self._ends(relay, Outcome.FAILED)
+            relay.close()
+        if link.is_live(number):
+            link.fail(number, FailCode.INTERNAL, "The agent failed.", retryable=False)
 
     def take_nothing_new(self) -> None:
         """Refuse everything from here on; what is in flight goes on."""

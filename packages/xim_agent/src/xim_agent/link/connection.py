@@ -131,6 +131,7 @@ class Connection:
                 if end.cause is LinkCause.CLOSED:
                     break
                 await self._pause_after(end)
+            self._release_lease()  # no link comes any more: who waits for credit would wait for ever
         finally:
             self.writer.close()
             for timer in (self._timer, self._room):
@@ -243,8 +244,6 @@ class Connection:
             self._on_renewed()
         self.writer.flush_pending()
         self._rearm()
-        if self._settled is not None:
-            self._settled.set()
 
     def _send(self, messages: list[tuple[Channel, Frames]]) -> None:
         if self._sockets is not None:
@@ -254,6 +253,8 @@ class Connection:
         for event in events:
             self._note(event)
             self._on_event(self, event)
+        if self._settled is not None:
+            self._settled.set()
 
     def _note(self, event: AgentEvent) -> None:
         """What an event means for the link itself."""
@@ -291,7 +292,7 @@ class Connection:
             log.warning("router grants other limits than were asked", extra=facts)
 
     def _release_lease(self) -> None:
-        """The router ended the session, so its lease is over now: its streams have nobody to answer to."""
+        """One of the two ends left, so the lease is over now: its streams have nobody to answer to."""
         deadline = self.session.lease.deadline
         if deadline is not None:
             self._tell(self.session.handle_timeout(deadline))
