@@ -74,6 +74,7 @@ def test_every_wrong_value_is_in_one_message_and_no_secret(monkeypatch: pytest.M
     [
         ({"XEROTIER_ROUTER_METRICS_PORT": "5555"}, "XEROTIER_ROUTER_METRICS_PORT"),
         ({"XEROTIER_ROUTER_DATABASE_URL": "mysql://u:hidden@h/d"}, "XEROTIER_ROUTER_DATABASE_URL"),
+        ({"XEROTIER_ROUTER_DATA_DIR": "/srv/what?/state"}, "XEROTIER_ROUTER_DATA_DIR"),
         ({"XEROTIER_ROUTER_TLS_KEY": "/k.pem"}, "XEROTIER_ROUTER_TLS_CERT"),
         (
             {"XEROTIER_ROUTER_SECRET_KEY": "ab" * 32, "XEROTIER_ROUTER_SECRET_KEY_FILE": "/f"},

@@ -4,6 +4,7 @@ import asyncio
 import stat
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from xim_protocol.ids import AgentId, ProjectId
 from xim_router.control.database import Database
 from xim_router.control.errors import KeyFileUnusable, SecretKeyMismatch
 from xim_router.control.plane import ControlPlane
-from xim_router.control.store import Transaction
+from xim_router.control.store import Store, Transaction
 from xim_router.control.tokens import mint_xem_token, verify_xem_token
 from xim_router.dispatch.catalog import Scope, TaskMode
 from xim_router.dispatch.reports import AgentSeen
@@ -154,6 +155,32 @@ async def test_an_agent_that_left_has_no_state_unless_another_router_saw_it_sinc
     assert await written(left) == (START + 12, "draining")
 
 
+async def waits(database: Database) -> bool:
+    """Whether a transaction of this PostgreSQL database waits for another's lock."""
+    found = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with database.read() as connection:
+        return bool((await connection.execute(text(found))).scalar_one())
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_an_endpoint_is_deleted_while_an_agent_enrolls_for_it(
+    under_test: PlaneUnderTest, database_url: str
+) -> None:
+    await under_test.demo_project()
+    await under_test.enroll(Node().request(await under_test.join_key()))
+    (standing,) = await under_test.plane.accounts.agents("demo")
+    newcomer = replace(standing.agent, id=AgentId("newcomer"), curve_public_key=b"\x02" * 32)
+    assert newcomer.endpoint_id is not None
+    database = await Database.open(database_url)
+    async with Store(database).record() as enrolling:
+        await enrolling.add(newcomer)
+        deleting = asyncio.create_task(under_test.plane.accounts.delete_endpoint("demo", "tiny"))
+        await eventually(lambda: waits(database))
+    await deleting
+    assert [each.agent.endpoint_id for each in await under_test.plane.accounts.agents("demo")] == [None, None]
+    await database.close()
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("departed", [True, False])
 async def test_two_routers_that_saw_the_same_agents_do_not_wait_for_each_other(
@@ -166,21 +193,13 @@ async def test_two_routers_that_saw_the_same_agents_do_not_wait_for_each_other(
     reports = [AgentSeen(agent=second, seen_at=START), AgentSeen(agent=first, seen_at=START, departed=departed)]
     database = await Database.open(database_url)
     locking = text("SELECT id FROM agents WHERE id = :id FOR UPDATE NOWAIT")
-    waits = text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
     async with database.write() as another:
         # The other router has the first agent, and will take the second.
         await another.execute(locking, {"id": first})
         for each in reports:
             under_test.plane.report_seen(each)
         writing = asyncio.create_task(under_test.plane.write_seen())
-
-        async def waiting() -> bool:
-            async with database.read() as looking:
-                return bool((await looking.execute(waits)).scalar_one())
-
-        await eventually(waiting)
+        await eventually(lambda: waits(database))
         await another.execute(locking, {"id": second})
     await writing
     assert {each.agent.last_seen_at for each in await under_test.plane.accounts.agents("demo")} == {START}

@@ -465,6 +465,9 @@ def _worker_problems(settings: RouterSettings) -> list[Problem]:
 
 def _database_problems(settings: RouterSettings) -> list[Problem]:
     url = settings.resolved_database_url
+    if settings.database_url is None and "?" in url:
+        # SQLite's file would be another, outside of the directory: what follows is no part of a URL's path.
+        return [_problem(settings, "data_dir", "holds a '?'", "Choose a path without, or set the database's URL.")]
     if url.startswith(("postgresql+asyncpg://", "sqlite+aiosqlite:///")):
         return []
     rule = "must begin with postgresql+asyncpg:// or sqlite+aiosqlite:///"

@@ -119,6 +119,15 @@ class Transaction:
 
         A key restricted to an endpoint must not come to stand for the whole project when the endpoint goes.
         """
+        # In the order of an enrollment, which takes its join key first. Once the endpoint is locked nothing more can
+        # come to refer to it, and what did is seen below.
+        for table, column in (
+            (tables.join_keys, "endpoint_id"),
+            (tables.endpoints, "id"),
+            (tables.agents, "endpoint_id"),
+        ):
+            rows = select(table.c.id).where(table.c[column] == endpoint).order_by(table.c.id)
+            await self._connection.execute(rows.with_for_update())
         for table in (tables.api_keys, tables.join_keys):
             bound = update(table).where(table.c.endpoint_id == endpoint)
             await self._connection.execute(bound.where(table.c.revoked_at.is_(None)).values(revoked_at=now))
