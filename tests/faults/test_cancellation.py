@@ -122,7 +122,7 @@ async def test_leaving_a_generating_route(
         pytest.skip("the route has no `n`")
     if not stream and moment is Moment.NEAR_THE_END:
         pytest.skip("of a whole answer the router sees nothing before its end")
-    before = len(topology.router.lines("request"))
+    before = await topology.lines_so_far()
     first_ms = 60_000 if moment is Moment.BEFORE_THE_FIRST_BYTE else 0
     client = (
         await load_on(topology).open(
@@ -177,7 +177,7 @@ async def call(topology: Topology, path: str, fields: dict[str, Any], **script: 
 @pytest.mark.parametrize("path", COMPUTING)
 async def test_leaving_a_route_that_computes(topologies: dict[TaskMode, Topology], path: str) -> None:
     topology = topologies[task_mode_of(path)]
-    before = len(topology.router.lines("request"))
+    before = await topology.lines_so_far()
     async with await call(topology, path, COMPUTING[path], first_ms=60_000):
         await in_use(topology)
         left = topology.stopwatch()
@@ -191,7 +191,7 @@ async def test_leaving_while_parked(topologies: dict[TaskMode, Topology], path: 
     topology = topologies[task_mode_of(path)]
     bodies = {route.path: route.body("hello") for route in GENERATING} | COMPUTING
     (node,) = topology.nodes
-    lines_before = len(topology.router.lines("request"))
+    lines_before = await topology.lines_so_far()
     holder = await call(topology, path, bodies[path], first_ms=60_000)
     with left_at_the_end(holder):
         await in_use(topology)

@@ -281,6 +281,12 @@ class Topology:
         assert len(found) == count, found
         return found
 
+    async def lines_so_far(self, **facts: object) -> int:
+        """How many such lines there are, that of every request that is over among them."""
+        # The router writes them together, a moment later, but for who reads its metrics.
+        await self.router_metric("xim_router_requests_total")
+        return len(self.router.lines("request", **facts))
+
     def stopwatch(self) -> Stopwatch:
         """Started now, for what the processes that run now do."""
         return Stopwatch(each.pid for each in marked(self.mark))

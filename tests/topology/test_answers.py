@@ -178,7 +178,7 @@ async def test_a_client_that_leaves_frees_engine_and_slot_within_a_second_and_is
     (node,) = topology.nodes
     phase = "answering" if stream else "dispatched"
     noted = await topology.router_metric("xim_router_client_disconnects_total", phase=phase)
-    lines = len(topology.router.lines("request", outcome="client_closed_request"))
+    lines = await topology.lines_so_far(outcome="client_closed_request")
     # Asked for 4,000 tokens: forty seconds of them.
     asked = body(stream=stream, chunks=4000, interval_ms=10)
     async with httpx2.AsyncClient(base_url=topology.url, timeout=60.0, trust_env=False) as client:

@@ -84,7 +84,7 @@ async def test_the_second_to_eleventh_wait_and_are_served_in_order_the_twelfth_i
     topology: Topology,
 ) -> None:
     assert QUEUE_PLACES == 10
-    before = len(topology.router.lines("request", outcome="200"))
+    before = await topology.lines_so_far(outcome="200")
     async with the_place_taken(topology):
         waiting = await line_up(topology, 10)
         asked = topology.stopwatch()

@@ -84,8 +84,9 @@ class Rig:
         )
         self.seen: list[AgentSeen] = []
         """What the control plane would be told of agents."""
+        self.journal = Journal(self.metrics)
         self.broker = Broker(
-            dispatcher=self.dispatcher, journal=Journal(self.metrics), report_seen=lambda seen: self.seen.append(seen)
+            dispatcher=self.dispatcher, journal=self.journal, report_seen=lambda seen: self.seen.append(seen)
         )
         buffers = ResponseBuffers(
             per_response_bytes=response_buffer_bytes, total_bytes=response_buffer_total_bytes, hot=self.metrics.hot
@@ -168,6 +169,7 @@ class Rig:
             self._server.stop()
             assert self._serving is not None
             await self._serving
+            self.journal.settle()
             self.transport.close()
             self.gatekeeper.close(asyncio.get_running_loop())
             self._context.destroy(linger=0)

@@ -45,6 +45,7 @@ async def test_ten_wait_in_order_and_the_twelfth_is_turned_away_at_once(caplog: 
         asked = Stopwatch()
         twelfth = await rig.ask(numbered(12), x_request_id="mine-12")
         asked.check(1.0, "the twelfth is told")
+        rig.journal.settle()
         check_refusal(twelfth, "queue_full", "mine-12", caplog)
         assert rig.broker.statistics().parked == 10
         for number, call in enumerate([first, *waiting]):
@@ -92,6 +93,7 @@ async def test_a_request_that_waits_too_long_is_told_so(caplog: pytest.LogCaptur
         call = await rig.ask(numbered(2), x_request_id="mine-2")
         waited_s = asked.wall_s
         asked.check(2.0, "it is told after 0.4 s")
+        rig.journal.settle()
         check_refusal(call, "queue_timeout", "mine-2", caplog)
         # The loop's clock, by which the router waits, counts whole milliseconds.
         assert waited_s >= 0.399

@@ -108,12 +108,14 @@ class Router:
             control_stale_s=lambda: age["control"].stale_s if "control" in age else None,
         )
         control = ControlPlane(settings, lambda catalog: broker.publish(catalog), member=self._worker or 0)
-        broker = Broker(dispatcher=dispatcher, journal=Journal(metrics), report_seen=control.report_seen)
+        journal = Journal(metrics)
+        broker = Broker(dispatcher=dispatcher, journal=journal, report_seen=control.report_seen)
         metrics.read_links = broker.reading
         async with contextlib.AsyncExitStack() as stack:
             await control.start()
             stack.push_async_callback(control.close)
             age["control"] = control
+            stack.callback(journal.settle)
             stack.enter_context(self._link(broker, control))
             await control.join()
             inference = self._inference(broker, control, metrics)

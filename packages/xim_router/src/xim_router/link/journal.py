@@ -1,6 +1,12 @@
-"""What the broker counts and logs: one line per request at its end, numbers for the rest. Nothing per chunk."""
+"""What the broker counts and logs: one line per request at its end, numbers for the rest. Nothing per chunk.
 
+Requests that are over are written down together, a moment later: it costs less than writing down each at its end
+(bench/README.md), and no bytes wait behind it. Who reads metrics, or a later line of the same request, finds it done.
+"""
+
+import asyncio
 import logging
+import time
 from functools import cache
 
 from prometheus_client import Counter, Histogram
@@ -22,6 +28,8 @@ _RETRIES = {
 }
 
 
+SETTLE_S = 0.1
+"""How long the line and the figures of a request that is over may wait for others."""
 UNCOUNTED = 4096
 """Requests without a report whose count may still come, at most;"""
 UNCOUNTED_S = 10.0
@@ -42,6 +50,10 @@ class Journal:
         self._seconds: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
         self._uncounted: dict[RequestId, tuple[AgentId, Endpoint, float]] = {}
         """In the order of their ends, with the time of each."""
+        self._over: list[tuple[float, int, dict[str, object], float, float | None]] = []
+        """Unix time, level, facts, seconds in all and to the first byte."""
+        self._settling: asyncio.TimerHandle | None = None
+        metrics.before_scrape = self.settle
 
     # --- Per message -----------------------------------------------------------------------------------------------
 
@@ -101,6 +113,7 @@ class Journal:
         """A client took nothing for too long."""
         self._metrics.client_stalled.inc()
         if exchange.concluded:
+            self.settle()
             # Its line was written when the answer was whole, and does not say that nobody took it.
             log.warning("client cut off", extra={"request": exchange.request, "bytes": exchange.received_bytes})
 
@@ -113,40 +126,47 @@ class Journal:
         self._disconnects(phase).inc()
 
     def concluded(self, exchange: Exchange, code: str | None, now: float) -> None:
-        """The one line of a request, and its figures."""
+        """The request is over: note its one line, and its figures."""
         if code is not None:
             self._await_count(exchange, now)
-        outcome = code or str(exchange.status or 0)
-        endpoint = exchange.endpoint
-        names = (endpoint.project, endpoint.slug)
-        self._count(names, outcome)
-        request_seconds, ttft_seconds = self._histograms(names)
-        request_seconds.observe(now - exchange.received_at)
+        total_s = now - exchange.received_at
         ttft_s = None if exchange.first_byte_at is None else exchange.first_byte_at - exchange.received_at
-        if ttft_s is not None:
-            ttft_seconds.observe(ttft_s)
-        log_facts(
-            log,
-            logging.INFO if code is None or code == "client_closed_request" else logging.WARNING,
-            "request",
-            {
-                "request": exchange.request,
-                "client_request": exchange.client_request,
-                "project": exchange.project,
-                "endpoint": endpoint.slug,
-                "path": exchange.route.path,
-                "agent": exchange.agent,
-                "outcome": outcome,
-                "status": exchange.status,
-                "attempts": exchange.attempts,
-                "queue_wait_s": round(exchange.queue_wait_s, 3),
-                "ttft_s": None if ttft_s is None else round(ttft_s, 3),
-                "total_s": round(now - exchange.received_at, 3),
-                "chunks": exchange.chunks,
-                "bytes": exchange.received_bytes,
-                "usage": exchange.usage,
-            },
-        )
+        facts: dict[str, object] = {
+            "request": exchange.request,
+            "client_request": exchange.client_request,
+            "project": exchange.project,
+            "endpoint": exchange.endpoint.slug,
+            "path": exchange.route.path,
+            "agent": exchange.agent,
+            "outcome": code or str(exchange.status or 0),
+            "status": exchange.status,
+            "attempts": exchange.attempts,
+            "queue_wait_s": round(exchange.queue_wait_s, 3),
+            "ttft_s": None if ttft_s is None else round(ttft_s, 3),
+            "total_s": round(total_s, 3),
+            "chunks": exchange.chunks,
+            "bytes": exchange.received_bytes,
+            "usage": exchange.usage,
+        }
+        level = logging.INFO if code is None or code == "client_closed_request" else logging.WARNING
+        self._over.append((time.time(), level, facts, total_s, ttft_s))
+        if self._settling is None:
+            self._settling = asyncio.get_running_loop().call_later(SETTLE_S, self.settle)
+
+    def settle(self) -> None:
+        """Write down the requests that are over, in the order of their ends."""
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
+        over, self._over = self._over, []
+        for at, level, facts, total_s, ttft_s in over:
+            names = str(facts["project"]), str(facts["endpoint"])
+            self._count(names, str(facts["outcome"]))
+            request_seconds, ttft_seconds = self._histograms(names)
+            request_seconds.observe(total_s)
+            if ttft_s is not None:
+                ttft_seconds.observe(ttft_s)
+            log_facts(log, level, "request", facts, at=at)
 
     def _await_count(self, exchange: Exchange, now: float) -> None:
         """The agent may count what the engine did not report; what comes late, or after many others, is not known."""
@@ -163,6 +183,7 @@ class Journal:
         if endpoint is None or of_agent != agent:
             return
         del self._uncounted[counted.request]
+        self.settle()
         log.info(
             "usage counted",
             extra={

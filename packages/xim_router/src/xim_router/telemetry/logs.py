@@ -36,13 +36,18 @@ def configure_logging(
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
 
 
-def log_facts(logger: logging.Logger, level: int, message: str, facts: dict[str, object]) -> None:
+def log_facts(
+    logger: logging.Logger, level: int, message: str, facts: dict[str, object], *, at: float | None = None
+) -> None:
     """As `logger.log(level, message, extra=facts)` for a line of every request: nobody looks for the calling line.
 
-    `facts` must not be named as what logging itself puts on a record.
+    The line is of the Unix time `at`, in seconds, where it tells of something earlier. `facts` must not be named as
+    what logging itself puts on a record.
     """
     if logger.isEnabledFor(level):
         record = logging.LogRecord(logger.name, level, "", 0, message, None, None)
+        if at is not None:
+            record.created, record.msecs = at, at % 1.0 * 1000
         known = vars(record)
         known.update(facts)
         # What a formatter need not look for among the record's forty other attributes.

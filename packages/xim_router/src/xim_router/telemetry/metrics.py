@@ -129,6 +129,9 @@ class RouterMetrics:
         # Process-wide, and meant so: the extra `_created` series double the size of a scrape and nothing reads them.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client has no types here
         self.registry = CollectorRegistry()
+        self.before_scrape: Callable[[], None] = lambda: None
+        """Called first at every scrape: by then everything is to be counted."""
+        self.registry.register(_First(self))
         self.hot = HotCounters()
         self.requests = self._counter(rows.REQUESTS)
         self.requests_refused = self._counter(rows.REQUESTS_REFUSED)
@@ -161,6 +164,21 @@ class RouterMetrics:
 
     def _histogram(self, row: Row) -> Histogram:
         return Histogram(row.name, row.help, row.labels, buckets=row.buckets, registry=self.registry)
+
+
+class _First(Collector):
+    """Registered before all others, so that it is asked before them."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> list[Metric]:
+        """Nothing."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        self._metrics.before_scrape()
+        yield from ()
 
 
 class _HotCollector(Collector):
