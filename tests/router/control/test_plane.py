@@ -182,6 +182,24 @@ async def test_an_endpoint_is_deleted_while_an_agent_enrolls_for_it(
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_an_agent_that_enrolls_while_its_endpoint_is_deleted_is_free(
+    under_test: PlaneUnderTest, database_url: str
+) -> None:
+    await under_test.demo_project()
+    key = await under_test.join_key()
+    database = await Database.open(database_url)
+    async with Store(database).change() as deleting:
+        (endpoint,) = await deleting.endpoints()
+        await deleting.delete_endpoint(endpoint.id, START)
+        enrolling = asyncio.create_task(under_test.enroll(Node().request(key)))
+        await eventually(lambda: waits(database))
+    assert (await enrolling).assignment is None
+    (standing,) = await under_test.plane.accounts.agents("demo")
+    assert standing.endpoint_slug is None
+    await database.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("departed", [True, False])
 async def test_two_routers_that_saw_the_same_agents_do_not_wait_for_each_other(
     under_test: PlaneUnderTest, database_url: str, departed: bool

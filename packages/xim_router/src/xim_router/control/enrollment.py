@@ -85,14 +85,14 @@ class Enroller:
         """
         now = self._clock()
         try:
-            async with self._store.record() as transaction:
-                outcome = await self._enroll(transaction, request, now)
-                if isinstance(outcome, _Issued):
-                    # Only then: whoever knocks with a bad key must not make every router read its catalog anew.
-                    await transaction.raise_version()
+            outcome = await self._recorded(request, now)
         except Taken:
-            # Another enrollment with the same CURVE key was committed first.
-            outcome = EnrollmentCode.CURVE_KEY_CONFLICT
+            # Another enrollment with the same CURVE key was committed first, or the endpoint was deleted meanwhile:
+            # what holds now says the second attempt.
+            try:
+                outcome = await self._recorded(request, now)
+            except Taken:
+                outcome = EnrollmentCode.CURVE_KEY_CONFLICT
         if isinstance(outcome, EnrollmentCode):
             log.warning("enrollment refused", extra={"code": outcome.value, "join_key": repr(request.join_key)})
             return outcome
@@ -120,6 +120,14 @@ class Enroller:
             log.warning("refresh refused", extra={"code": outcome.value, "agent": request.agent_id})
             return outcome
         return self._answer(outcome, now)
+
+    async def _recorded(self, request: EnrollRequest, now: float) -> _Issued | EnrollmentCode:
+        async with self._store.record() as transaction:
+            outcome = await self._enroll(transaction, request, now)
+            if isinstance(outcome, _Issued):
+                # Only then: whoever knocks with a bad key must not make every router read its catalog anew.
+                await transaction.raise_version()
+        return outcome
 
     async def _enroll(self, transaction: Transaction, request: EnrollRequest, now: float) -> _Issued | EnrollmentCode:
         key = await transaction.lock_join_key(request.join_key.key_id)
