@@ -1,7 +1,10 @@
 """Lost links, each case by name: within the lease a client sees a pause and nothing else."""
 
+import pytest
+
 from tests.support.wire import Wire, content
-from xim_protocol.codec import decode
+from xim_protocol.codec import decode, encode
+from xim_protocol.errors import OffsetMismatch
 from xim_protocol.events import (
     RequestReceived,
     RequestRefused,
@@ -14,7 +17,18 @@ from xim_protocol.events import (
     Welcomed,
 )
 from xim_protocol.ids import StreamId
-from xim_protocol.messages import CancelReason, Channel, FailCode, FlowControl, Hello, RefusalReason
+from xim_protocol.messages import (
+    PROTOCOL_VERSION,
+    CancelReason,
+    Channel,
+    FailCode,
+    FlowControl,
+    Hello,
+    RefusalReason,
+    StreamVerdict,
+    Verdict,
+    Welcome,
+)
 from xim_protocol.router_session import Phase
 
 ONE = StreamId(1)
@@ -369,3 +383,29 @@ def test_a_session_that_expired_without_a_link_is_followed_by_a_new_one() -> Non
     wire.expire_leases()
     wire.connect()
     assert (wire.cut, wire.sessions, nothing_is_left(wire)) == (["a"], 2, True)
+
+
+def test_a_welcome_that_is_a_fault_forgets_no_stream_unsaid() -> None:
+    wire = answering(100)
+    wire.submit("b")
+    wire.settle()
+    wire.drop()
+    wire.agent.connect(wire.now)
+    assert wire.agent.session is not None
+    verdicts = (
+        StreamVerdict(stream=ONE, verdict=Verdict.RESUME, started=True, received=101, limit=65_536),
+        StreamVerdict(stream=StreamId(2), verdict=Verdict.GONE),
+    )
+    fault = Welcome(
+        version=PROTOCOL_VERSION,
+        session=wire.agent.session,
+        lease_ms=30_000,
+        flow=wire.flow,
+        assignment=None,
+        routers=(),
+        streams=verdicts,
+    )
+    with pytest.raises(OffsetMismatch):
+        wire.agent.receive(Channel.CONTROL, encode(fault), wire.now)
+    wire.agent.link_lost(wire.now)
+    assert wire.agent.is_live(StreamId(2))

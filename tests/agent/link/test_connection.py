@@ -257,6 +257,20 @@ async def _logged(caplog: pytest.LogCaptureFixture, problem: str) -> logging.Log
 
 
 @pytest.mark.parametrize("port", ["control", "streaming"])
+async def test_a_router_that_cannot_be_dialled_is_tried_again_and_ends_nothing(
+    caplog: pytest.LogCaptureFixture, port: str
+) -> None:
+    async with RouterStub() as router:
+        none = "tcp://no host:5555"
+        control = replace(router.address, control_addr=none)
+        undialled = control if port == "control" else replace(router.address, streaming_addr=none)
+        async with agent(undialled) as node:
+            record = await _logged(caplog, "control_port_unreachable")
+            assert "Invalid argument" in vars(record)["detail"]
+            assert not node.task.done()
+
+
+@pytest.mark.parametrize("port", ["control", "streaming"])
 async def test_a_closed_port_is_named_with_its_remedy(caplog: pytest.LogCaptureFixture, port: str) -> None:
     keys = curve_keys()
     async with RouterStub() as router:

@@ -188,15 +188,15 @@ class AgentSession:
             raise UnexpectedMessage(f"Welcome with version {welcome.version}", self.link)
         resumed = welcome.session == self.session
         survivors = {row.stream for row in welcome.streams if row.verdict is Verdict.RESUME} if resumed else set()
-        events = self._abort([stream for number, stream in self._streams.items() if number not in survivors])
         self.session = welcome.session
         self.flow = welcome.flow
         self._outbox.new_link(welcome.flow)
         self.lease.granted(welcome.lease_ms / 1000, now)
-        for row in welcome.streams:
-            stream = self._streams.get(row.stream)
-            if stream is not None:
-                events.extend(self._resume(stream, row))
+        rows = [row for row in welcome.streams if row.stream in survivors and row.stream in self._streams]
+        going_on = [event for row in rows for event in self._resume(self._streams[row.stream], row)]
+        # Last: a Welcome that is a fault tells the owner nothing, and forgets no stream that it works on.
+        gone = [stream for number, stream in self._streams.items() if number not in survivors]
+        events: list[AgentEvent] = [*self._abort(gone), *going_on]
         events.append(
             Welcomed(
                 session=welcome.session,

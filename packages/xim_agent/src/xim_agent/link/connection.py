@@ -170,16 +170,19 @@ class Connection:
 
     async def _one_link(self) -> LinkEnd:
         """Dial, and serve the link until it ends."""
+        try:
+            self._sockets = self._transport.open(
+                self.router,
+                self._keys,
+                lease_s=self._lease_s,
+                streaming=self.session.config.streaming_socket,
+                on_message=self._received,
+                on_end=self._end_link,
+            )
+        except OSError as error:  # this router's matter: the links to others go on
+            return LinkEnd(cause=LinkCause.UNREACHABLE, channel=Channel.CONTROL, detail=str(error))
         ended = self._end = self._loop.create_future()
         end: LinkEnd | None = None
-        self._sockets = self._transport.open(
-            self.router,
-            self._keys,
-            lease_s=self._lease_s,
-            streaming=self.session.config.streaming_socket,
-            on_message=self._received,
-            on_end=self._end_link,
-        )
         try:
             self.session.connect(self._clock())
             self.flush()

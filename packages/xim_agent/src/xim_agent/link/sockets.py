@@ -89,15 +89,24 @@ class Transport:
         on_message: OnMessage,
         on_end: OnEnd,
     ) -> "LinkSockets":
-        """Dial `router`; the sockets take messages at once and send them when they are connected."""
+        """Dial `router`; the sockets take messages at once and send them when they are connected.
+
+        Raises:
+            OSError: no socket is to be had, or the address is none.
+        """
         addresses = {Channel.CONTROL: router.control_addr}
         if streaming:
             addresses[Channel.STREAMING] = router.streaming_addr
         halves: dict[Channel, _Half] = {}
-        for channel, address in addresses.items():
-            dealer = self._dealer(router, keys, round(heartbeat_s(lease_s) * 1000))
-            halves[channel] = _Half(channel, dealer, on_message, on_end)
-            halves[channel].connect(address)
+        try:
+            for channel, address in addresses.items():
+                dealer = self._dealer(router, keys, round(heartbeat_s(lease_s) * 1000))
+                halves[channel] = _Half(channel, dealer, on_message, on_end)
+                halves[channel].connect(address)
+        except zmq.ZMQError as error:
+            for half in halves.values():
+                half.close(leave=False)
+            raise OSError(error.errno, str(error)) from error
         return LinkSockets(halves)
 
     def _dealer(self, router: RouterAddress, keys: CurveKeys, interval_ms: int) -> "zmq.Socket[bytes]":
