@@ -264,10 +264,13 @@ async def test_a_write_that_is_cut_off_loses_no_report(
     assert standing.agent.state == "ready"
 
 
-async def test_reports_are_bounded(under_test: PlaneUnderTest) -> None:
-    for n in range(10_050):
-        under_test.plane.report_seen(AgentSeen(agent=AgentId(str(n)), seen_at=START))
-    assert len(under_test.plane._seen) == 10_000
+async def test_reports_are_bounded_and_what_has_no_room_is_counted(tmp_path: Path) -> None:
+    dropped: list[None] = []
+    settings = RouterSettings.model_validate({"data_dir": tmp_path})
+    plane = ControlPlane(settings, print, report_dropped=lambda: dropped.append(None))
+    for n in [*range(10_050), 0]:
+        plane.report_seen(AgentSeen(agent=AgentId(str(n)), seen_at=START))
+    assert (len(plane._seen), len(dropped)) == (10_000, 50)
 
 
 @asynccontextmanager

@@ -107,7 +107,12 @@ class Router:
             catalog=lambda: broker.catalog,
             control_stale_s=lambda: age["control"].stale_s if "control" in age else None,
         )
-        control = ControlPlane(settings, lambda catalog: broker.publish(catalog), member=self._worker or 0)
+        control = ControlPlane(
+            settings,
+            lambda catalog: broker.publish(catalog),
+            member=self._worker or 0,
+            report_dropped=metrics.dropped_reports.inc,
+        )
         journal = Journal(metrics)
         broker = Broker(dispatcher=dispatcher, journal=journal, report_seen=control.report_seen)
         metrics.read_links = broker.reading

@@ -56,12 +56,15 @@ class ControlPlane:
         publish: Callable[[Catalog], None],
         *,
         member: int = 0,
+        report_dropped: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`publish` gets each new snapshot; `report_dropped` is told of each report that there is no room for."""
         self._settings = settings
         self._publish = publish
         self._member = member
+        self._report_dropped = report_dropped
         self._clock = clock
         self._monotonic = monotonic
         self._routers: tuple[RouterMember, ...] = ()
@@ -186,6 +189,8 @@ class ControlPlane:
         if seen.agent in self._seen or len(self._seen) < _SEEN_BOUND:
             self._seen[seen.agent] = seen
             self._reported.set()
+        else:
+            self._report_dropped()
 
     async def write_seen(self) -> None:
         """Write the reports that wait; where the database is away they wait on."""
