@@ -5,7 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +37,6 @@ LONG = 10_000
 """From so many requests on memory has a slope, and not only a start."""
 SLOPE_BYTES = 1 * KIB
 """Most growth per hundred requests in the last third."""
-LOOKS = 3
-"""So many thirds are looked at, one after the other, until one is without growth. What goes on growing does so in each;
-a heap that reaches its height at a moment of its own, some 80 KB higher than before, does so in one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,34 +146,6 @@ async def keep_bytecode(accounts: Accounts, where: Path, monkeypatch: pytest.Mon
         await net.topology.start_node()
 
 
-class Growth:
-    """What router and agent hold in memory as requests go by."""
-
-    def __init__(self, programs: Mapping[str, Program]) -> None:
-        self.programs = programs
-        self.samples: dict[str, list[tuple[int, int]]] = {name: [] for name in programs}
-        self.slopes: dict[str, list[int]] = {name: [] for name in programs}
-        """Bytes per hundred requests in each third that was looked at."""
-        self._begin = 0
-
-    def sample(self, over: int) -> None:
-        """What they hold when so many requests of one `many` are over."""
-        for name, program in self.programs.items():
-            self.samples[name].append((self._begin + over, resident_bytes(program)))
-
-    def look(self, requests: int) -> None:
-        """Take the slopes over the newest so many requests; what comes is counted on from here."""
-        for name, samples in self.samples.items():
-            self._begin = samples[-1][0]
-            newest = [sample for sample in samples if sample[0] > self._begin - requests]
-            self.slopes[name].append(round(slope(newest)))
-
-    @property
-    def goes_on(self) -> dict[str, list[int]]:
-        """The slopes of those that grew in every look."""
-        return {name: slopes for name, slopes in self.slopes.items() if slopes and min(slopes) > SLOPE_BYTES}
-
-
 def slope(samples: Sequence[tuple[int, int]]) -> float:
     """Bytes per hundred requests, by least squares over (requests, bytes)."""
     mean_x = sum(x for x, _ in samples) / len(samples)
@@ -199,25 +168,27 @@ async def test_after_many_requests_cancels_and_lost_links_everything_is_as_it_wa
     async with networked(accounts) as net, asyncio.timeout(1100):
         topology = net.topology
         node = await topology.start_node(MAX_CONCURRENT=str(2 * AT_ONCE), MAX_NUM_SEQS=str(2 * AT_ONCE))
-        growth = Growth({"router": topology.router, "agent": node.program})
+        programs: dict[str, Program] = {"router": topology.router, "agent": node.program}
+        samples: dict[str, list[tuple[int, int]]] = {name: [] for name in programs}
+
+        def sample(over: int) -> None:
+            for name, program in programs.items():
+                samples[name].append((over, resident_bytes(program)))
+
         # What is made once, at first use, belongs to the start.
         await many(net, source, max(100, requests // 10), lambda over: None)
-        for program in growth.programs.values():
+        for program in programs.values():
             await stand_still(net, node, program)
         before = await at_rest(net, node)
-        endings = await many(net, source, requests, growth.sample)
-        asked = requests
-        if requests >= LONG:
-            growth.look(requests // 3)
-            while growth.goes_on and len(growth.slopes["agent"]) < LOOKS:
-                asked += requests // 3
-                endings += await many(net, source, requests // 3, growth.sample)
-                growth.look(requests // 3)
+        endings = await many(net, source, requests, sample)
         assert set(endings) == {Ending.WHOLE}, Counter(endings)
         assert await at_rest(net, node) == before
         record_property("links_lost", await topology.router_metric("xim_router_link_lost_total"))
-        record_property("clients_left", asked - len(endings))
-        for name, samples in growth.samples.items():
-            record_property(f"{name}_bytes", [size for _, size in samples][:: max(1, len(samples) // 10)])
-            record_property(f"{name}_bytes_per_100_requests", growth.slopes[name])
-        assert not growth.goes_on, f"bytes per 100 requests: {growth.goes_on}"
+        record_property("clients_left", requests - len(endings))
+        for name in programs:
+            last_third = samples[name][len(samples[name]) * 2 // 3 :]
+            record_property(f"{name}_bytes", [size for _, size in samples[name]][:: max(1, len(samples[name]) // 10)])
+            if requests >= LONG:
+                growth = slope(last_third)
+                record_property(f"{name}_bytes_per_100_requests", round(growth))
+                assert growth <= SLOPE_BYTES, f"{name}: {growth:.0f} bytes per 100 requests"
