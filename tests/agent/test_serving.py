@@ -18,7 +18,7 @@ from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
 from xim_agent import places
 from xim_agent.engine import http
-from xim_agent.engine.http import EngineConnection
+from xim_agent.engine.client import EngineClient
 from xim_agent.engine.process import EngineState
 from xim_agent.relay import Outcome, Relay, ServedModel
 from xim_agent.serving import Serving
@@ -317,18 +317,21 @@ async def test_beyond_capacity_the_router_refused_first_hears_first_of_a_place(
         assert heard == [second, first]
 
 
-def _broken() -> EngineConnection | None:
+def _broken(_self: object) -> None:
     raise ZeroDivisionError
 
 
+@pytest.mark.parametrize(
+    ("owner", "method"), [(EngineClient, "idle"), (Relay, "start")], ids=["in a stream", "before it has begun"]
+)
 async def test_a_bug_in_one_stream_harms_no_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    owner: type, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with RouterStub() as router, node(tmp_path, router) as parts:
         lasting: Asked = await router.submit(chat({"chunks": 100, "interval_ms": 5}))
         await router.until(lambda: lasting.chunks > 2)
         with monkeypatch.context() as patch:
-            patch.setattr(parts.client, "idle", _broken)
+            patch.setattr(owner, method, _broken)
             answer = await router.ask(chat())
         assert answer.failed is not None
         assert answer.failed.code is FailCode.INTERNAL
@@ -338,26 +341,6 @@ async def test_a_bug_in_one_stream_harms_no_other(
         assert lasting.ended
         serving: Serving = parts.serving
         assert serving.statistics().in_flight == 0
-
-
-def _unstarted(relay: Relay) -> None:
-    raise ZeroDivisionError
-
-
-async def test_a_bug_before_a_stream_has_begun_harms_no_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with RouterStub() as router, node(tmp_path, router) as parts:
-        lasting: Asked = await router.submit(chat({"chunks": 100, "interval_ms": 5}))
-        await router.until(lambda: lasting.chunks > 2)
-        with monkeypatch.context() as patch:
-            patch.setattr(Relay, "start", _unstarted)
-            answer = await router.ask(chat())
-        assert answer.failed is not None
-        assert answer.failed.code is FailCode.INTERNAL
-        assert "ZeroDivisionError" in caplog.text
-        await router.until(lambda: lasting.over)
-        assert lasting.ended
         assert len(router.hellos) == 1
         assert parts.outcomes == [Outcome.FAILED, Outcome.ENDED]
         assert parts.serving.statistics().in_flight == 0

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
-from tests.agent.link.links import agent, config, curve_keys
+from tests.agent.link.links import Agent, agent, config, curve_keys
 from tests.support.programs import PATIENCE_S
 from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
@@ -136,7 +138,9 @@ async def test_the_loss_of_one_socket_is_the_loss_of_the_link() -> None:
             assert len(router.hellos) == 2
 
 
-async def test_a_lease_that_ends_without_a_link_aborts_the_streams() -> None:
+@asynccontextmanager
+async def working_through_a_proxy() -> AsyncIterator[tuple[RouterStub, TcpProxy, Agent]]:
+    """An agent with a short lease and a request at work; the proxy is on its control connection."""
     async with RouterStub() as router, TcpProxy(router.address.control_addr) as control:
         keys = curve_keys()
         router.admitted[keys.public] = b"200"
@@ -145,29 +149,27 @@ async def test_a_lease_that_ends_without_a_link_aborts_the_streams() -> None:
             await node.linked()
             await router.submit(PROMPT)
             await node.told.request()
-            await control.cut()
-            await node.told.of_type(StreamAborted)
-            await node.told.of_type(SessionExpired)
-            await control.restore()
-            await node.told.of_type(LinkReady, 2)
-            welcome = await node.told.of_type(Welcomed, 2)
-            assert isinstance(welcome, Welcomed)
-            assert router.hellos[-1].streams == ()
+            yield router, control, node
+
+
+async def test_a_lease_that_ends_without_a_link_aborts_the_streams() -> None:
+    async with working_through_a_proxy() as (router, control, node):
+        await control.cut()
+        await node.told.of_type(StreamAborted)
+        await node.told.of_type(SessionExpired)
+        await control.restore()
+        await node.told.of_type(LinkReady, 2)
+        welcome = await node.told.of_type(Welcomed, 2)
+        assert isinstance(welcome, Welcomed)
+        assert router.hellos[-1].streams == ()
 
 
 async def test_who_waits_until_all_is_settled_goes_on_when_the_lease_ends_without_a_link() -> None:
-    async with RouterStub() as router, TcpProxy(router.address.control_addr) as control:
-        keys = curve_keys()
-        router.admitted[keys.public] = b"200"
-        through = replace(router.address, control_addr=control.address)
-        async with agent(through, keys=keys, settings=config(lease_s=0.6)) as node:
-            await node.linked()
-            await router.submit(PROMPT)
-            await node.told.request()
-            settled = asyncio.create_task(node.connection.settle())
-            await control.cut()
-            async with asyncio.timeout(PATIENCE_S):
-                await settled
+    async with working_through_a_proxy() as (_, control, node):
+        settled = asyncio.create_task(node.connection.settle())
+        await control.cut()
+        async with asyncio.timeout(PATIENCE_S):
+            await settled
 
 
 async def test_an_idle_link_stays_and_renews() -> None:

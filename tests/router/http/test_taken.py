@@ -44,6 +44,12 @@ def tasks(rig: Rig) -> int:
     return len(rig._server.server_state.tasks)
 
 
+async def begin(work: Work) -> None:
+    """Answers with one event, and no end."""
+    work.start(200, SSE)
+    await work.write(b"data: 1\n\n")
+
+
 async def test_a_whole_request_needs_no_task() -> None:
     async with Rig("a") as rig, rig.agent("a", serve=hold, capacity=2) as agent, await whole(rig) as call:
         first = await agent.work()
@@ -69,10 +75,6 @@ async def test_a_client_that_leaves_early_is_counted_once_and_leaves_nothing(sen
 
 @both_ways
 async def test_a_body_is_kept_until_the_answer_begins_and_no_longer(send: Ask) -> None:
-    async def begin(work: Work) -> None:
-        work.start(200, SSE)
-        await work.write(b"data: 1\n\n")
-
     def kept() -> list[bytes]:
         (connection,) = rig._server.server_state.connections
         (exchange,) = rig.broker._exchanges.values()
@@ -91,10 +93,6 @@ async def test_a_body_is_kept_until_the_answer_begins_and_no_longer(send: Ask) -
 
 @both_ways
 async def test_a_client_that_leaves_in_its_answer_is_counted_once_and_leaves_nothing(send: Ask) -> None:
-    async def begin(work: Work) -> None:
-        work.start(200, SSE)
-        await work.write(b"data: 1\n\n")
-
     async with Rig("a") as rig, rig.agent("a", serve=begin) as agent:
         async with await send(rig) as call:
             await call.head()
