@@ -64,6 +64,12 @@ class SeveralRouters(Topology):
         assert found is not None, f"worker {worker} does not run"
         return found
 
+    def client_ports(self, worker: int) -> set[int]:
+        """The ports at the far ends of this worker's HTTP connections."""
+        # The system gives one port to several connections when they go to different ports, as agents' and scrapers' do.
+        connections = self.running_worker(worker).net_connections("tcp")
+        return {each.raddr.port for each in connections if each.raddr and each.laddr.port == self.http_port}
+
     async def worker_metric(self, worker: int, name: str, **labels: str) -> float:
         """As `router_metric`, of one worker; 0 while it does not answer."""
         with suppress(httpx2.TransportError):
@@ -89,12 +95,11 @@ class SeveralRouters(Topology):
     @asynccontextmanager
     async def client_of(self, worker: int) -> AsyncIterator[httpx2.AsyncClient]:
         """A client with one connection, which is this worker's."""
-        process = self.running_worker(worker)
         while True:
             limits = httpx2.Limits(max_connections=1)
             async with httpx2.AsyncClient(base_url=self.url, timeout=60.0, trust_env=False, limits=limits) as client:
                 answer = await client.get("/healthz")
                 port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
-                if any(each.raddr and each.raddr.port == port for each in process.net_connections("tcp")):
+                if port in self.client_ports(worker):
                     yield client
                     return

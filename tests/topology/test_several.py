@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 
 import httpx2
 import psutil
@@ -94,10 +95,7 @@ async def test_each_worker_carries_its_part_of_the_connections(routers: SeveralR
             ports.add(writer.get_extra_info("sockname")[1])
 
         def carried() -> list[int] | None:
-            shares = [
-                sum(bool(each.raddr) and each.raddr.port in ports for each in process.net_connections("tcp"))
-                for process in map(routers.running_worker, range(2))
-            ]
+            shares = [len(ports & routers.client_ports(worker)) for worker in range(2)]
             return shares if sum(shares) == 100 else None
 
         assert all(30 <= share <= 70 for share in await eventually(carried, what="100 connections are accepted"))
@@ -170,14 +168,12 @@ async def test_two_workers_fill_one_agent_in_order_and_without_a_busy_loop(prepa
         holder = asyncio.create_task(ask(routers, body(hang=True), worker=0))
         await eventually(lambda: in_flight(routers, 0), what="the place is taken")
         waiting: dict[int, list[asyncio.Task[httpx2.Response]]] = {0: [], 1: []}
-        for number in range(1, 9):
+        for _ in range(8):
             for worker, tasks in waiting.items():
                 tasks.append(asyncio.create_task(ask(routers, body(chunks=3, interval_ms=20), worker=worker)))
 
-                async def parked(worker: int = worker, number: int = number) -> bool:
-                    return await routers.worker_metric(worker, "xim_router_queue_depth") == number
-
-                await eventually(parked, what=f"{number} wait at worker {worker}")
+                wait = partial(waits, routers, worker, tasks)
+                await eventually(wait, what=f"{len(tasks)} wait at worker {worker}")
         # Nothing happens while nothing can: leases are renewed, and that is all.
         quiet = await messages(routers)
         await asyncio.wait([holder], timeout=2.0)
@@ -193,6 +189,13 @@ async def test_two_workers_fill_one_agent_in_order_and_without_a_busy_loop(prepa
             assert served == [answer.headers["x-request-id"] for answer in answers]
         assert await refusals(routers, node) <= 2 * 16
         assert await messages(routers) - quiet <= 20 * 16
+
+
+async def waits(routers: SeveralRouters, worker: int, tasks: "list[asyncio.Task[httpx2.Response]]") -> bool:
+    """Whether all of `tasks`, and nobody else, are parked at this worker; one that is over tells why."""
+    over = [task.result() for task in tasks if task.done()]
+    assert not over, f"answered by worker {worker}: {[(each.status_code, each.text) for each in over]}"
+    return await routers.worker_metric(worker, "xim_router_queue_depth") == len(tasks)
 
 
 async def most_running(routers: SeveralRouters, node: Node, tasks: "list[asyncio.Task[httpx2.Response]]") -> float:
