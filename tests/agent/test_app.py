@@ -134,6 +134,23 @@ async def test_two_processes_of_one_identity_end_with_the_remedy(tmp_path: Path)
             assert not any("Traceback" in line for line in agent.lines)
 
 
+async def test_a_router_of_another_version_is_no_end_while_another_one_serves(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as first, RouterStub() as second:
+        for router in (first, second):
+            router.admit_all = True
+            router.name_routers(first.member, second.member)
+        enroll.answers.append(granted(first))
+        async with agent_process(tmp_path, enroll) as agent:
+            await ready(first)
+            await ready(second)
+            await second.goodbye(GoodbyeCode.VERSION_UNSUPPORTED)
+            await agent.says("no link to the router", problem="version_unsupported")
+            assert (await first.ask(chat({"chunks": 3}))).ended
+            await first.goodbye(GoodbyeCode.VERSION_UNSUPPORTED)
+            assert await agent.ended() == FAILED_FOR_GOOD
+            assert any("Update the older of the two" in line for line in agent.lines)
+
+
 async def test_an_agent_that_was_long_without_a_router_serves_again_when_there_is_one(tmp_path: Path) -> None:
     async with enrollment_router() as enroll, RouterStub() as router:
         enroll.answers.append(granted(router))

@@ -13,16 +13,7 @@ from xim_agent.mesh import Mesh
 from xim_protocol.agent_session import AgentReport
 from xim_protocol.enrollment import RouterAddress
 from xim_protocol.events import AgentEvent, LinkReady, MembersChanged, SessionExpired, Welcomed
-from xim_protocol.messages import AgentState, GoodbyeCode, RouterMember
-
-
-def member(router: RouterStub) -> RouterMember:
-    address = router.address
-    return RouterMember(
-        control_address=address.control_addr,
-        streaming_address=address.streaming_addr,
-        curve_public_key=address.server_curve_key,
-    )
+from xim_protocol.messages import AgentState, GoodbyeCode
 
 
 class Agent:
@@ -112,7 +103,7 @@ async def router(*others: RouterStub) -> AsyncIterator[RouterStub]:
     """A router that names itself and `others`."""
     async with RouterStub() as made:
         made.admit_all = True
-        made.name_routers(*map(member, (made, *others)))
+        made.name_routers(*(each.member for each in (made, *others)))
         yield made
 
 
@@ -121,7 +112,7 @@ async def test_a_router_that_joins_is_dialled_and_remembered() -> None:
         node.mesh.start([first.address])
         await node.until_linked(first)
         assert node.remembered == []
-        await first.tell_routers(member(first), member(second))
+        await first.tell_routers(first.member, second.member)
         await node.until_linked(first, second)
         assert node.remembered == [{first.address.control_addr, second.address.control_addr}]
 
@@ -129,13 +120,13 @@ async def test_a_router_that_joins_is_dialled_and_remembered() -> None:
 async def test_a_dead_router_is_tried_until_it_is_named_no_more_and_its_lease_is_over() -> None:
     async with router() as first, agent(lease_s=1.0) as node:
         async with router(first) as second:
-            first.name_routers(member(first), member(second))
+            first.name_routers(first.member, second.member)
             dead = second.address.control_addr
             node.mesh.start([first.address, second.address])
             await node.until_linked(first, second)
         await node.until_linked(first)
         assert dead in node.tried, "another router still names it"
-        await first.tell_routers(member(first))
+        await first.tell_routers(first.member)
         await node.until_tried_no_more(dead)
         assert node.given_up == [dead]
         await node.until_linked(first)
@@ -143,11 +134,11 @@ async def test_a_dead_router_is_tried_until_it_is_named_no_more_and_its_lease_is
 
 async def test_a_router_that_leaves_keeps_its_link_until_its_own_end() -> None:
     async with router() as first, agent() as node, router(first) as second:
-        first.name_routers(member(first), member(second))
+        first.name_routers(first.member, second.member)
         node.mesh.start([first.address])
         await node.until_linked(first, second)
-        await first.tell_routers(member(first))
-        await first.tell_routers(member(first))
+        await first.tell_routers(first.member)
+        await first.tell_routers(first.member)
         assert node.linked == {first.address.control_addr, second.address.control_addr}
         leaving = second.address.control_addr
         await second.goodbye(GoodbyeCode.SHUTDOWN)
@@ -159,7 +150,7 @@ async def test_a_router_that_leaves_keeps_its_link_until_its_own_end() -> None:
 async def test_while_no_link_is_open_nobody_is_given_up() -> None:
     async with agent(lease_s=1.0) as node:
         async with router() as first, router(first) as second:
-            first.name_routers(member(first), member(second))
+            first.name_routers(first.member, second.member)
             both = {first.address.control_addr, second.address.control_addr}
             node.mesh.start([first.address])
             await node.until_linked(first, second)

@@ -113,6 +113,16 @@ class RouterStub:
             server_curve_key=z85.decode(self._keys[0]),
         )
 
+    @property
+    def member(self) -> RouterMember:
+        """The same, as routers tell it of each other."""
+        address = self.address
+        return RouterMember(
+            control_address=address.control_addr,
+            streaming_address=address.streaming_addr,
+            curve_public_key=address.server_curve_key,
+        )
+
     async def __aenter__(self) -> Self:
         zap = self._context.socket(zmq.REP)
         zap.linger = 0

@@ -7,7 +7,7 @@ import pytest
 from xim_agent.link.ends import (
     CAP_S,
     LEASED_CAP_S,
-    SUSPENDED_DELAY_S,
+    REFUSED_DELAY_S,
     UNKNOWN_KEY_ATTEMPTS,
     UNKNOWN_KEY_DELAY_S,
     LinkBackoff,
@@ -58,7 +58,7 @@ def test_an_unknown_key_is_tried_quickly_for_a_while() -> None:
 
 def test_a_suspended_agent_asks_every_half_minute() -> None:
     end = goodbye(GoodbyeCode.SUSPENDED)
-    assert LinkBackoff(Highest()).delay_s(end, leased=True) == SUSPENDED_DELAY_S
+    assert LinkBackoff(Highest()).delay_s(end, leased=True) == REFUSED_DELAY_S
     assert "agent resume" in remedy_for(end)
 
 
@@ -68,6 +68,13 @@ def test_three_goodbyes_are_for_good(code: GoodbyeCode) -> None:
     final = {GoodbyeCode.SUPERSEDED, GoodbyeCode.REVOKED, GoodbyeCode.VERSION_UNSUPPORTED}
     assert (stopped is not None) == (code in final)
     assert stopped is None or stopped.remedy
+
+
+def test_a_version_that_another_router_may_speak_is_no_end() -> None:
+    end = goodbye(GoodbyeCode.VERSION_UNSUPPORTED)
+    assert stop_for(end, elsewhere=True) is None
+    assert LinkBackoff(Highest()).delay_s(end, leased=True) == REFUSED_DELAY_S
+    assert "Update the older" in remedy_for(end)
 
 
 @pytest.mark.parametrize("channel", list(Channel))

@@ -48,6 +48,10 @@ class Mesh:
         """True while at least one router holds a lease of this agent."""
         return any(connection.session.lease.held for connection in self)
 
+    def has_other_than(self, connection: Connection) -> bool:
+        """True when another router may serve this agent, linked at the moment or not."""
+        return any(other is not connection and not other.refused for other in self)
+
     def start(self, routers: Iterable[RouterAddress]) -> None:
         """Dial the routers that are remembered."""
         self._known = frozenset(routers)

@@ -154,6 +154,7 @@ class Node:
             report=self._report,
             on_event=self._link_told,
             on_down=self._link_lost,
+            elsewhere=lambda: self._mesh.has_other_than(connection),
             on_renewed=self._metrics.renewals.inc,
             coalesce_s=self._settings.stream_coalesce_ms / 1000,
         )

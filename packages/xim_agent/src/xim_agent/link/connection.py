@@ -65,13 +65,14 @@ class Connection:
         on_event: OnEvent,
         on_renewed: Callable[[], None] = lambda: None,
         on_down: Callable[[], None] = lambda: None,
+        elsewhere: Callable[[], bool] = lambda: False,
         coalesce_s: float = 0.002,
         source: random.Random | None = None,
         clock: Clock = boottime,
     ) -> None:
         """`report` may be shared between connections: it is what the agent says of itself to every router.
-        `on_renewed` is told of every lease granted, `on_down` of every link that ended; `source` is the randomness
-        of the backoff."""
+        `on_renewed` is told of every lease granted, `on_down` of every link that ended; `elsewhere` tells whether
+        another router may serve the agent; `source` is the randomness of the backoff."""
         self.router = router
         self.session = AgentSession(config, report)
         self.writer = StreamWriter(
@@ -82,6 +83,8 @@ class Connection:
             on_stall=self._rearm,
             congested=self._is_congested,
         )
+        self.refused = False
+        """The router spoke none of the agent's versions when it was last asked."""
         self.links = 0
         """Links that came up whole, for metrics."""
         self._transport = transport
@@ -89,6 +92,7 @@ class Connection:
         self._on_event = on_event
         self._on_renewed = on_renewed
         self._on_down = on_down
+        self._elsewhere = elsewhere
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._backoff = LinkBackoff(source or random.Random())
@@ -202,7 +206,8 @@ class Connection:
 
     async def _pause_after(self, end: LinkEnd) -> None:
         """Wait before the next link, or raise when there must be none."""
-        stopped = stop_for(end)
+        self.refused = end.code is GoodbyeCode.VERSION_UNSUPPORTED
+        stopped = stop_for(end, elsewhere=self._elsewhere())
         if stopped is not None:
             raise stopped
         delay_s = self._backoff.delay_s(end, leased=self.session.lease.held)

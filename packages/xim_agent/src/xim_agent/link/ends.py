@@ -15,7 +15,9 @@ UNKNOWN_KEY_DELAY_S = 0.5
 """A router learns a new agent's key within moments of its enrollment."""
 UNKNOWN_KEY_ATTEMPTS = 20
 """So many quick attempts; then it is no matter of moments."""
-SUSPENDED_DELAY_S = 30.0
+REFUSED_DELAY_S = 30.0
+"""Before it asks a router again that knows it and does not want it now."""
+VERSION_REMEDY = "Update the older of the two: agent or router."
 
 
 class LinkCause(StrEnum):
@@ -63,8 +65,12 @@ class LinkStopped(Exception):
         self.code, self.message, self.remedy = code, message, remedy
 
 
-def stop_for(end: LinkEnd) -> LinkStopped | None:
-    """The error that this end is, or None when another link may be tried."""
+def stop_for(end: LinkEnd, *, elsewhere: bool = False) -> LinkStopped | None:
+    """The error that this end is, or None when another link may be tried.
+
+    `elsewhere` says that another router may serve this agent: then a version is that one router's matter, as it is
+    while the routers of a mesh are updated one by one.
+    """
     if end.cause is LinkCause.KEY_REVOKED or end.code is GoodbyeCode.REVOKED:
         failure = FAILURES[EnrollmentCode.AGENT_REVOKED]
         return LinkStopped(EnrollmentCode.AGENT_REVOKED.value, failure.message, failure.remedy)
@@ -75,12 +81,12 @@ def stop_for(end: LinkEnd) -> LinkStopped | None:
             "Two agents share one config directory, or a copy of it. Stop one of them, or give each a directory of its "
             "own (XEROTIER_AGENT_CONFIG_DIR) and enroll it with a join key of its own.",
         )
-    if end.code is GoodbyeCode.VERSION_UNSUPPORTED:
+    if end.code is GoodbyeCode.VERSION_UNSUPPORTED and not elsewhere:
         detail = f" {end.detail}" if end.detail else ""
         return LinkStopped(
             "version_unsupported",
             f"The router speaks no protocol version that this agent speaks.{detail}",
-            "Update the older of the two: agent or router.",
+            VERSION_REMEDY,
         )
     return None
 
@@ -96,6 +102,8 @@ def remedy_for(end: LinkEnd) -> str:
         )
     if end.code is GoodbyeCode.SUSPENDED:
         return FAILURES[EnrollmentCode.AGENT_SUSPENDED].remedy
+    if end.code is GoodbyeCode.VERSION_UNSUPPORTED:
+        return VERSION_REMEDY
     return ""
 
 
@@ -128,8 +136,8 @@ class LinkBackoff:
 
     def delay_s(self, end: LinkEnd, *, leased: bool) -> float:
         """Seconds to wait after `end`; the ordinary delay is jittered between half of it and the whole."""
-        if end.code is GoodbyeCode.SUSPENDED:
-            return SUSPENDED_DELAY_S
+        if end.code in (GoodbyeCode.SUSPENDED, GoodbyeCode.VERSION_UNSUPPORTED):
+            return REFUSED_DELAY_S
         if end.cause is LinkCause.KEY_UNKNOWN and self._unknown < UNKNOWN_KEY_ATTEMPTS:
             self._unknown += 1
             return UNKNOWN_KEY_DELAY_S
