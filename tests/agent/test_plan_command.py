@@ -99,6 +99,7 @@ def test_this_machine_is_planned_for_without_a_description(tmp_path: Path) -> No
     [
         ((), "No model is named"),
         (("--model", "/nowhere"), "/nowhere is no directory"),
+        (("--model", "/" + "x" * 300), "x is no directory"),  # the system refuses to look, as where it may not search
         (("--model", "/tmp"), "config.json"),
         (("--model", str(MODELS / "llama-3.1-8b"), "--hardware", "/nowhere.json"), "/nowhere.json cannot be read"),
         (("--model", str(MODELS / "llama-3.1-8b"), "--vllm-socket-path", "/" + "x" * 200), "VLLM_SOCKET_PATH"),

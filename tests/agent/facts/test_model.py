@@ -358,6 +358,10 @@ def test_no_positions_no_limit(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "awq", "group_size": True}}, "group_size is True"),
         ({"use_sliding_window": "no", "sliding_window": 9}, "use_sliding_window is 'no'"),
         ({"attn_layer_indices": [1, "2"]}, "attn_layer_indices is not a list of whole numbers"),
+        ({"num_key_value_heads": [2, "2"]}, "which is not a whole number"),
+        ({"num_key_value_heads": []}, "which is not a whole number"),
+        ({"max_position_embeddings": 10**30}, "which is not a whole number"),
+        ({"num_hidden_layers": 10**12}, "it has 1000000000000 layers, more than any model"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_file(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -374,6 +378,78 @@ def test_a_wrong_value_is_named_with_its_file(tmp_path: Path, changes: dict[str,
 def test_a_broken_config_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelUnreadable, match=said):
+        read_model(tmp_path)
+
+
+def test_a_wrong_value_is_quoted_at_no_length(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnreadable) as fault:
+        read_model(model(tmp_path, hidden_size="9" * 100_000))
+    assert len(str(fault.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "moe"),
+    [
+        (  # HunYuan-A13B: a number for each layer
+            {"num_experts": 64, "moe_topk": [8, 8], "moe_intermediate_size": [3072, 3072], "n_shared_experts": [1, 1]},
+            MoeFacts(experts=64, experts_per_token=8, intermediate_size=3072, shared_experts=1),
+        ),
+        (  # ERNIE-4.5-VL: one for text and one for images
+            {"moe_num_experts": [64, 64], "moe_intermediate_size": [1536, 512], "num_experts_per_tok": 6},
+            MoeFacts(experts=64, experts_per_token=6, intermediate_size=1536),
+        ),
+    ],
+)
+def test_of_a_number_for_each_layer_the_largest_counts(tmp_path: Path, changes: dict[str, Any], moe: MoeFacts) -> None:
+    assert read_model(model(tmp_path, **changes)).moe == moe
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({"model_type": "falcon", "multi_query": True}, 1),
+        ({"model_type": "falcon", "multi_query": True, "new_decoder_architecture": True}, 2),
+        ({"model_type": "falcon", "multi_query": False}, 2),
+        ({"num_key_value_heads": None, "num_attention_groups": 2}, 2),
+        ({"num_key_value_heads": None}, 4),
+    ],
+)
+def test_heads_that_share_keys_and_values_count_as_in_vllm(tmp_path: Path, changes: dict[str, Any], heads: int) -> None:
+    assert read_model(model(tmp_path, **changes)).kv_heads == heads
+
+
+def test_a_link_to_nothing_in_the_place_of_weights_is_named(tmp_path: Path) -> None:
+    """A snapshot of a hub's cache is made of links; its blobs may be gone, or another user's."""
+    (model(tmp_path) / "pytorch_model.bin").symlink_to("blobs/gone")
+    with pytest.raises(ModelUnreadable, match=r"pytorch_model\.bin: it cannot be read: No such file"):
+        read_model(tmp_path)
+
+
+def test_a_file_that_cannot_even_be_looked_for_is_none(tmp_path: Path) -> None:
+    """What `Path.exists` raises for: here a name that is too long, else a directory that may not be searched."""
+    names = (
+        "tokenizer.json",
+        "modules.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+        "quant_config.json",
+    )
+    for name in names:
+        (tmp_path / name).symlink_to("x" * 300)
+    facts = read_model(model(tmp_path))
+    assert (facts.has_tokenizer, facts.pooling, facts.has_chat_template, facts.quantization) == (
+        False,
+        False,
+        False,
+        None,
+    )
+    with pytest.raises(ModelUnreadable, match="it is not a directory"):
+        read_model(tmp_path / ("x" * 300))
+
+
+def test_a_device_in_the_place_of_the_config_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ModelUnreadable, match=r"config\.json: it is no file"):
         read_model(tmp_path)
 
 

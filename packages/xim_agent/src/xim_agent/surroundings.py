@@ -104,7 +104,7 @@ def model_at(path: Path | None) -> ModelFacts:
             "Set XEROTIER_AGENT_INITIAL_MODEL_PATH to the directory of the model to serve.",
             lasting=True,
         )
-    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+    if not os.path.isdir(path) or not os.access(path, os.R_OK | os.X_OK):
         raise PlaceUnusable(
             f"{path} is no directory that uid {os.getuid()} can read.",
             "Point XEROTIER_AGENT_INITIAL_MODEL_PATH at the directory of a model in Hugging Face's layout.",

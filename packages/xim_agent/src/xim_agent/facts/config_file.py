@@ -1,6 +1,7 @@
 """Reading a model's JSON files: bounded, and every fault named with its file and what to do about it."""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from xim_agent.facts.model import ModelUnreadable
 
 CONFIG_LIMIT_BYTES = 16 * 1024**2
 """No published config.json comes near it; a file of another kind under that name does."""
+LARGEST = 2**53
+"""No size in a config.json comes near it, and all that is computed from one stays a number."""
 FETCH_AGAIN = "Fetch the model again, or name a directory that holds a complete one"
 
 
@@ -26,14 +29,19 @@ class Config:
         return self._values.get(name) is not None
 
     def integer(self, *names: str) -> int | None:
-        """The first of `names` that is there, a whole number of at least 0."""
+        """The first of `names` that is there, a whole number of at least 0.
+
+        Of a list, which has one for each layer (HunYuan) or each part (ERNIE-VL), the largest, so that nothing is
+        underestimated; vLLM's `get_num_experts` and `get_num_experts_per_token` take such lists as well.
+        """
         for name in names:
             value = self._values.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise self.fault(f"{name} is {value!r}, which is not a whole number of at least 0")
-            return value
+            numbers = value if isinstance(value, list) and value else [value]
+            if not all(type(number) is int and 0 <= number <= LARGEST for number in numbers):
+                raise self.fault(f"{name} is {_shown(value)}, which is not a whole number of at least 0")
+            return int(max(numbers))
         return None
 
     def positive(self, *names: str) -> int | None:
@@ -41,7 +49,7 @@ class Config:
         for name in names:
             value = self._values.get(name)
             if isinstance(value, bool) or (value is not None and not isinstance(value, int)):
-                raise self.fault(f"{name} is {value!r}, which is not a whole number")
+                raise self.fault(f"{name} is {_shown(value)}, which is not a whole number")
             if value is not None:
                 return value if value > 0 else None
         return None
@@ -64,7 +72,7 @@ class Config:
             or value != value
             or abs(value) == float("inf")
         ):
-            raise self.fault(f"{name} is {value!r}, which is not a number")
+            raise self.fault(f"{name} is {_shown(value)}, which is not a number")
         return float(value)
 
     def text(self, *names: str) -> str | None:
@@ -74,7 +82,7 @@ class Config:
             if value is None:
                 continue
             if not isinstance(value, str):
-                raise self.fault(f"{name} is {value!r}, which is not a string")
+                raise self.fault(f"{name} is {_shown(value)}, which is not a string")
             return value
         return None
 
@@ -84,7 +92,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.fault(f"{name} is {value!r}, which is not true or false")
+            raise self.fault(f"{name} is {_shown(value)}, which is not true or false")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -155,7 +163,10 @@ def read_config(file: Path, limit_bytes: int = CONFIG_LIMIT_BYTES) -> Config:
         ModelUnreadable: it is missing, cannot be read, is too large, or is not a JSON object.
     """
     try:
-        size = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelUnreadable(file, "it is no file", f"{FETCH_AGAIN}.")
+        size = found.st_size
         if size > limit_bytes:
             raise ModelUnreadable(
                 file, f"it has {size} bytes, more than the {limit_bytes} such a file may have", f"{FETCH_AGAIN}."
@@ -170,3 +181,8 @@ def read_config(file: Path, limit_bytes: int = CONFIG_LIMIT_BYTES) -> Config:
     if not isinstance(values, dict):
         raise ModelUnreadable(file, "it is not a JSON object", f"{FETCH_AGAIN}.")
     return Config(file, values)
+
+
+def _shown(value: object) -> str:
+    """A wrong value as a message quotes it."""
+    return repr(value)[:80]

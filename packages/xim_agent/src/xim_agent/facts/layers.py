@@ -10,6 +10,9 @@ from xim_agent.facts.model import LayerFacts, LinearAttention, LinearKind, MlaFa
 
 FULL, SLIDING, LINEAR, NOTHING = "full", "sliding", "linear", "nothing"
 
+MOST_LAYERS = 100_000
+"""A list of them is made; no model has a hundredth."""
+
 _WORDS = {
     "full_attention": FULL,
     "attention": FULL,
@@ -37,6 +40,8 @@ _PURE_SSM = {"mamba", "mamba2", "falcon_mamba"}
 def kinds(config: Config, model_type: str) -> list[str]:
     """What every layer of the text model keeps, in order."""
     count = config.required("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    if count > MOST_LAYERS:
+        raise config.fault(f"it has {count} layers, more than any model")
     if model_type in _ENCODERS or not config.flag("is_causal", default=True):
         return [NOTHING] * count
     pattern = config.text("hybrid_override_pattern")

@@ -1,5 +1,6 @@
 """How a checkpoint is quantised, from config.json or the file beside it that its tool writes instead."""
 
+import os
 from pathlib import Path
 
 from xim_agent.facts.config_file import Config, read_config
@@ -26,7 +27,7 @@ def quantization_facts(config: Config, directory: Path) -> QuantizationFacts | N
         return _described(described, (described.text("quant_method") or "unknown").lower())
     for name, method in SIDE_FILES.items():
         file = directory / name
-        if file.exists():
+        if os.path.exists(file):
             beside = read_config(file)
             return _described(beside, (beside.text("quant_method") or method).lower())
     return None

@@ -1,9 +1,10 @@
 """Reading one model directory: config.json, the checkpoint's headers, and which files lie beside them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-from xim_agent.facts.config_file import Config, read_config
+from xim_agent.facts.config_file import FETCH_AGAIN, Config, read_config
 from xim_agent.facts.layers import kinds, layer_facts, linear_facts, mla_facts
 from xim_agent.facts.model import CountSource, ModelFacts, ModelUnreadable, MoeFacts, QuantizationFacts, RopeFacts
 from xim_agent.facts.parameters import expert_count, head_dim, parameter_count, tied_embeddings
@@ -64,7 +65,7 @@ def read_model(path: Path) -> ModelFacts:
     Raises:
         ModelUnreadable: the directory or a file that is needed is missing or broken.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ModelUnreadable(path, "it is not a directory", "Name the directory that holds the model's config.json.")
     config = read_config(path / "config.json")
     text = _text_config(config)
@@ -85,7 +86,7 @@ def read_model(path: Path) -> ModelFacts:
         hidden_size=text.required("hidden_size", "n_embd", "d_model"),
         layers=layers,
         attention_heads=heads,
-        kv_heads=text.integer("num_key_value_heads", "num_kv_heads", "multi_query_group_num") or heads,
+        kv_heads=_kv_heads(text, text_type) or heads,
         head_dim=head_dim(text),
         vocab_size=text.required("vocab_size", "padded_vocab_size"),
         tied_embeddings=tied_embeddings(text, text_type),
@@ -104,10 +105,19 @@ def read_model(path: Path) -> ModelFacts:
         moe=_moe(text),
         mtp_layers=_mtp_layers(text, checkpoint),
         quantization=quantization,
-        has_tokenizer=any((path / name).exists() for name in _TOKENIZERS),
+        has_tokenizer=any(os.path.exists(path / name) for name in _TOKENIZERS),
         has_chat_template=_has_chat_template(path),
-        pooling=(path / "modules.json").exists() or any(name.endswith(_POOLING_ENDINGS) for name in architectures),
+        pooling=os.path.exists(path / "modules.json") or any(name.endswith(_POOLING_ENDINGS) for name in architectures),
         multimodal=any(config.has(name) for name in _OTHER_SENSES),
+    )
+
+
+def _kv_heads(text: Config, text_type: str) -> int | None:
+    """As vLLM's `get_total_num_kv_heads` finds them; Falcon has a switch for one that all heads share."""
+    if text_type == "falcon" and text.flag("multi_query") and not text.flag("new_decoder_architecture"):
+        return 1
+    return text.integer(
+        *("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num", "num_attention_groups")
     )
 
 
@@ -133,7 +143,14 @@ def _checkpoint_bytes(path: Path, checkpoint: Checkpoint | None) -> int | None:
     """Of the tensors; of PyTorch's own files, which have no header to read, as large as they are."""
     if checkpoint is not None:
         return checkpoint.size_bytes
-    return sum(file.stat().st_size for file in path.glob("pytorch_model*.bin")) or None
+    try:
+        return sum(file.stat().st_size for file in path.glob("pytorch_model*.bin")) or None
+    except OSError as error:  # a link into a cache whose file is gone, or another user's
+        raise ModelUnreadable(
+            Path(error.filename),
+            f"it cannot be read: {error.strerror}",
+            f"{FETCH_AGAIN}, and let the agent's user read it.",
+        ) from None
 
 
 def _dtype(config: Config, text: Config) -> str | None:
@@ -182,7 +199,7 @@ def _mtp_layers(text: Config, checkpoint: Checkpoint | None) -> int:
 
 
 def _has_chat_template(path: Path) -> bool:
-    if (path / "chat_template.jinja").exists() or (path / "chat_template.json").exists():
+    if any(os.path.exists(path / name) for name in ("chat_template.jinja", "chat_template.json")):
         return True
     tokenizer = path / "tokenizer_config.json"
-    return tokenizer.exists() and read_config(tokenizer).has("chat_template")
+    return os.path.exists(tokenizer) and read_config(tokenizer).has("chat_template")

@@ -4,6 +4,7 @@ A file is 8 bytes of length (little endian), so many bytes of JSON, then the ten
 """
 
 import json
+import os
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def _whole(values: object) -> tuple[int, ...] | None:
 def _files(directory: Path) -> list[Path]:
     """The files that make up the checkpoint: those of the index, else all that are there."""
     index = directory / INDEX_NAME
-    if index.exists():
+    if os.path.exists(index):
         weight_map = read_config(index, INDEX_LIMIT_BYTES).inner("weight_map")
         if weight_map is None:
             raise _broken(index, "it has no weight_map")
