@@ -120,6 +120,15 @@ async def test_a_program_that_does_not_exist_is_named(socket_path: Path) -> None
     assert "/nowhere/vllm: no such program" in failed.value.tail
 
 
+async def test_a_process_that_cannot_be_made_is_tried_again_and_given_up_with_a_remedy(socket_path: Path) -> None:
+    """Here an argument is too long for the system; without memory or descriptors it is the same error."""
+    async with running(fake_vllm(socket_path, "x" * 200_000)) as (engine, states, task):
+        with pytest.raises(EngineFailed, match=r"no process could be made for vLLM: Argument list too long.*ulimit"):
+            await task
+    assert states.seen.count(S.STARTING) == 3
+    assert engine.state is S.FAILED
+
+
 async def test_a_start_without_output_is_stuck(socket_path: Path) -> None:
     silent = python(socket_path, "import signal; signal.pause()")
     async with running(silent, policy(inactivity_grace_s=0.2)) as (_, states, task):
@@ -248,3 +257,32 @@ def test_a_socket_directory_that_others_can_change_is_refused(tmp_path: Path) ->
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(EngineFailed, match="other users"):
         remove_socket(tmp_path / "open" / "engine.sock")
+
+
+def test_a_socket_directory_that_another_user_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner could put a socket of his own there and read every prompt, sticky bit or not."""
+    directory = tmp_path / "made-before-us"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    me = os.getuid()
+    if me == 0:
+        os.chown(directory, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(EngineFailed, match="other users"):
+        remove_socket(directory / "engine.sock")
+
+
+def test_a_socket_directory_may_be_a_link_of_our_own(left_behind: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(left_behind.parent)
+    remove_socket(link / "engine.sock")
+    assert not left_behind.exists()
+
+
+def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text("precious")
+    with pytest.raises(EngineFailed, match=r"config\.json is there and is no socket.*XEROTIER_AGENT_VLLM_SOCKET_PATH"):
+        remove_socket(file)
+    assert file.read_text() == "precious"

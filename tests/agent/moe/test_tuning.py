@@ -69,6 +69,17 @@ async def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> N
     assert await tune(SHAPE, folder(tmp_path), command(TUNES)) is Outcome.FAILED
 
 
+async def test_a_folder_that_may_not_be_looked_into_is_a_failure(tmp_path: Path) -> None:
+    """The system refuses a name of such a length, as it refuses to look where it may not."""
+    configs = ConfigFolder(tmp_path / ("x" * 300), None, "0.32.0")
+    assert await tune(SHAPE, configs, command(TUNES)) is Outcome.FAILED
+
+
+async def test_a_tuner_that_never_ends_its_line_is_a_failure(tmp_path: Path) -> None:
+    code = "import os\nfor _ in range(64): os.write(1, b'x' * 65536)"
+    assert await tune(SHAPE, folder(tmp_path), command(code)) is Outcome.FAILED
+
+
 async def test_it_gives_way_to_everybody_and_ends_with_the_agent(tmp_path: Path) -> None:
     started = tmp_path / "pid"
     code = (

@@ -29,6 +29,11 @@ READINESS_TIMEOUT_S = 2.0
 STARTING_STOP_GRACE_S = 2.0
 """SIGTERM while vLLM 0.32 starts hangs, so a start is given this little before the kill."""
 
+NOT_MADE_REMEDY = (
+    "Look at the machine's free memory and at what this user may have (`ulimit -a`: processes, open files), and at the "
+    "length of XEROTIER_AGENT_VLLM_ARGS and XEROTIER_AGENT_VLLM_ENV"
+)
+
 
 class EngineState(StrEnum):
     """What the engine is doing, as its owner sees it."""
@@ -82,6 +87,8 @@ class _End:
     status: int | None = None
     served_s: float = 0.0
     diagnosis: Diagnosis | None = None
+    remedy: str = "See its last lines"
+    """Where nothing was recognised."""
 
     @property
     def whole_reason(self) -> str:
@@ -177,7 +184,7 @@ class Engine:
             raise EngineFailed(end.reason, FATAL_EXIT_CODES[end.status] + "; see its last lines", self._tail)
         delay_s = backoff.ended(served_s=end.served_s)
         if delay_s is None:
-            remedy = "See its last lines" if found is None else found.remedy
+            remedy = end.remedy if found is None else found.remedy
             reason = f"it ended {self._policy.restart.attempts} times in a row; the last time: {end.whole_reason}"
             raise EngineFailed(reason, remedy, self._tail)
         return delay_s
@@ -191,7 +198,10 @@ class Engine:
         )
         remove_socket(self._command.socket_path)
         self._progress, kills_before = ProgressTold(), oom_kills()
-        self._child = child = await EngineChild.spawn(self._command, self._heard)
+        try:
+            self._child = child = await EngineChild.spawn(self._command, self._heard)
+        except OSError as error:
+            return self._not_made(error)
         ready_at: float | None = None
         try:
             # A stop that came while the process was made found no child to end.
@@ -208,6 +218,13 @@ class Engine:
         diagnosis = None if self._stop_asked.is_set() else self._diagnose(status if by_itself else None, kills_before)
         end = _End(reason=reason, status=status, served_s=served_s, diagnosis=diagnosis)
         self._report_end(end, started=ready_at is not None)
+        return end
+
+    def _not_made(self, error: OSError) -> _End:
+        """The end of a life that had no process: memory, processes or descriptors were used up, which passes."""
+        self._watch, self._tail = None, []
+        end = _End(reason=f"no process could be made for vLLM: {error.strerror or error}", remedy=NOT_MADE_REMEDY)
+        self._report_end(end, started=False)
         return end
 
     def _diagnose(self, status: int | None, kills_before: int | None) -> Diagnosis | None:
@@ -283,21 +300,37 @@ def remove_socket(path: Path) -> None:
     """Make the socket's directory and remove what an earlier engine left there.
 
     Raises:
-        EngineFailed: the directory is another user's, or cannot be written.
+        EngineFailed: the directory is another user's, or cannot be written, or something else is in the socket's place.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = path.parent.lstat()
+        if _changed_by_others(path.parent):
+            raise EngineFailed(
+                f"{path.parent} can be changed by other users",
+                "Set XEROTIER_AGENT_VLLM_SOCKET_PATH to a place that is yours",
+                [],
+            )
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise EngineFailed(
+                f"{path} is there and is no socket, so it is left alone",
+                "Set XEROTIER_AGENT_VLLM_SOCKET_PATH to a path where nothing is, or take away what is there",
+                [],
+            )
         path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return  # nothing is left there
     except OSError as error:
         raise EngineFailed(
             f"the engine's socket {path} cannot be made: {error.strerror}",
             f"Give uid {os.getuid()} write access to {path.parent}, or set XEROTIER_AGENT_VLLM_SOCKET_PATH",
             [],
         ) from error
-    if stat.S_ISLNK(owner.st_mode) or (stat.S_IMODE(owner.st_mode) & 0o002 and not owner.st_mode & stat.S_ISVTX):
-        raise EngineFailed(
-            f"{path.parent} can be changed by other users",
-            "Set XEROTIER_AGENT_VLLM_SOCKET_PATH to a place that is yours",
-            [],
-        )
+
+
+def _changed_by_others(directory: Path) -> bool:
+    """Whether another user but root can put a socket of his own into `directory`. Its owner can whatever its mode: in
+    /tmp somebody may have made it before us. Of a link both ends count."""
+    ends = (directory.lstat(), directory.stat())
+    mode = ends[1].st_mode
+    strange = any(end.st_uid not in (0, os.getuid()) for end in ends)
+    return strange or bool(mode & stat.S_IWOTH and not mode & stat.S_ISVTX)

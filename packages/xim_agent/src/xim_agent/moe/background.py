@@ -72,7 +72,7 @@ def find_vllm(executable: Path) -> tuple[str, Path] | None:
         return None
     try:
         done = subprocess.run(
-            [python, "-c", _LOOK], capture_output=True, text=True, timeout=LOOK_TIMEOUT_S, check=False
+            [python, "-c", _LOOK], capture_output=True, text=True, errors="replace", timeout=LOOK_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

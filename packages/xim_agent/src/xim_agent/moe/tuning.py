@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from xim_agent.moe.configs import ConfigFolder, ConfigInvalid, Found
+from xim_agent.moe.configs import ConfigFolder, Found
 from xim_agent.moe.shapes import MoeShape
 
 log = logging.getLogger(__name__)
@@ -60,16 +60,16 @@ async def tune(
 ) -> Outcome:
     """Make the configuration of `shape` where there is none. Never raises but when it is cancelled, which ends the
     tuner: a node serves without the configuration as well as it did before."""
-    found = folder.find(shape)
-    if found is not Found.NOWHERE:
-        log.info("kernel configuration", extra={"config": shape.file_name, "found": found.value})
-        return Outcome.FOUND
-    log.info("tuning kernels in the background", extra={"config": shape.file_name, "folder": str(folder.path)})
     started = time.monotonic()
     try:
+        found = folder.find(shape)
+        if found is not Found.NOWHERE:
+            log.info("kernel configuration", extra={"config": shape.file_name, "found": found.value})
+            return Outcome.FOUND
+        log.info("tuning kernels in the background", extra={"config": shape.file_name, "folder": str(folder.path)})
         text = await _result_of(shape, command, on_progress)
         file = folder.keep(shape, text)
-    except (_TunerFailed, ConfigInvalid, OSError) as error:
+    except (_TunerFailed, ValueError, OSError) as error:  # ValueError: no configuration, or a line without an end
         log.warning(
             "kernels were not tuned; vLLM's defaults stay",
             extra={"config": shape.file_name, "error": str(error), "off": "XEROTIER_AGENT_MOE_CONFIG_ENABLED=0"},
