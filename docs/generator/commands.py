@@ -20,7 +20,7 @@ one, which learns of a change within a quarter of a second. They need the same e
 key included. `--json` writes JSON on standard output, for programs."""
 
 _AGENT = """\
-`xerotier-backend-agent` is another name of the same program. The first SIGTERM or Ctrl-C drains: nothing new is
+`xerotier-backend-agent` is another name of the same program. The first SIGTERM, SIGHUP or Ctrl-C drains: nothing new is
 taken, what is in flight has 30 s, then the engine is stopped; a second one ends at once."""
 
 

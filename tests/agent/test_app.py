@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from glob import glob
 from pathlib import Path
 
@@ -12,9 +14,9 @@ from tests.agent.agent_process import agent_process, granted
 from tests.agent.link.enrollments import router as enrollment_router
 from tests.agent.serving_parts import chat
 from tests.house.sources import ROOT
-from tests.support.programs import PATIENCE_S, alive
+from tests.support.programs import PATIENCE_S, alive, eventually
 from tests.support.router_stub import RouterStub
-from xim_agent.app import FAILED, FAILED_FOR_GOOD, _told_of
+from xim_agent.app import FAILED, FAILED_FOR_GOOD, StopRequest, _told_of
 from xim_agent.cli import LastingError, SettingsError
 from xim_agent.link.ends import LinkCause, LinkEnd, stop_for
 from xim_agent.link.enrollment import EnrollmentFailed
@@ -121,6 +123,48 @@ async def test_a_second_signal_forces_and_leaves_no_process(tmp_path: Path) -> N
             agent.signal()
             assert await agent.ended() == 1
             assert not alive(children)
+
+
+async def test_a_terminal_that_closes_asks_for_an_orderly_end(tmp_path: Path) -> None:
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll) as agent:
+            await ready(router)
+            children = agent.children()
+            agent.signal(signal.SIGHUP)
+            assert await agent.ended() == 0
+            assert agent.said("draining")
+            assert agent.said("stopped")
+            assert not alive(children)
+
+
+async def test_under_nohup_a_terminal_that_closes_changes_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stop.asked.wait()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(signal.SIGHUP, before)
+
+
+async def test_a_signal_while_vllm_is_asked_for_its_flags_ends_the_agent(tmp_path: Path) -> None:
+    """The first start asks vLLM, which may take minutes; here it never answers, and its child holds the pipe."""
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\nsleep 1000 &\nwait\n")
+    program.chmod(0o755)
+    async with agent_process(tmp_path, None, VLLM_PATH=str(program)) as agent:
+        await agent.says("asking vLLM for its flags")
+        await eventually(lambda: len(agent.children()) == 2, what="vLLM is asked")
+        children = agent.children()
+        agent.signal()
+        assert await agent.ended() == 0
+        await eventually(lambda: not alive(children), what="who was asked is killed")
+        assert not agent.said("vLLM did not tell its flags")
 
 
 async def test_two_processes_of_one_identity_end_with_the_remedy(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """What the installed vLLM is asked, once, and what becomes of the answer."""
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.agent.engine.engines import FAKE_VLLM
+from tests.support.programs import alive, eventually
+from xim_agent.engine import capabilities
 from xim_agent.engine.capabilities import FILE_NAME, engine_facts, remembered
 from xim_agent.planning.engine_facts import EngineFacts
 
@@ -117,3 +121,32 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     executable = program(tmp_path, *counting(tmp_path, **{"--help=all": HELP, "--version": "1.0"}))
     assert asked(executable, tmp_path / "file").version == "1.0"
+
+
+def never_answering(folder: Path) -> str:
+    """A script whose child holds its output; it writes down the child's pid."""
+    return program(folder, "sleep 1000 &", f"echo $! >> {folder}/pids", "wait", interpreter="/bin/sh")
+
+
+def children(folder: Path) -> list[psutil.Process]:
+    file = folder / "pids"
+    found = []
+    for pid in file.read_text(encoding="utf-8").split() if file.exists() else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(int(pid)))
+    return found
+
+
+async def test_what_takes_too_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child was waited for, which may be for ever, after the script was killed."""
+    monkeypatch.setattr(capabilities, "HELP_TIMEOUT_S", 0.2)
+    assert asked(never_answering(tmp_path), tmp_path) == EngineFacts()
+    await eventually(lambda: not alive(children(tmp_path)), what="the children end")
+
+
+async def test_a_question_that_is_given_up_is_killed_and_the_next_is_not_asked(tmp_path: Path) -> None:
+    executable = never_answering(tmp_path)
+    found = engine_facts(executable, tmp_path, dict(os.environ), lambda: bool(children(tmp_path)))
+    assert found == EngineFacts()
+    assert len((tmp_path / "pids").read_text(encoding="utf-8").split()) == 1
+    await eventually(lambda: not alive(children(tmp_path)), what="the child ends")

@@ -54,7 +54,7 @@ def run(settings: AgentSettings, join_key: JoinKey | None) -> int:
 async def serve(settings: AgentSettings, join_key: JoinKey | None) -> None:
     """Everything between the start and the end. Raises what an operator has to be told, with a `remedy`."""
     stop = StopRequest()
-    surroundings = await stop.unless_asked(asyncio.to_thread(look_around, settings))
+    surroundings = await stop.unless_asked(asyncio.to_thread(look_around, settings, stop.asked.is_set))
     if surroundings is None:
         return
     with CredentialStore(settings.config_directory) as store, Transport() as transport:
@@ -70,13 +70,18 @@ async def serve(settings: AgentSettings, join_key: JoinKey | None) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT: the first asks for an orderly end, a second one cancels the task that made this."""
+    """SIGTERM, SIGINT and SIGHUP: the first asks for an orderly end, a second one cancels the task that made this.
+
+    A terminal that closes sends SIGHUP; it stays without effect for who was started under `nohup`.
+    """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             loop.add_signal_handler(number, self._signalled, number.name)
 
     def _signalled(self, name: str) -> None:

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xim_agent.engine.capabilities import engine_facts
+from xim_agent.engine.capabilities import GivenUp, engine_facts
 from xim_agent.facts.hardware import HardwareFacts
 from xim_agent.facts.model import ModelFacts, ModelUnreadable
 from xim_agent.facts.read_hardware import read_this_machine
@@ -64,8 +64,9 @@ class Surroundings:
             raise PlaceUnusable(str(error), "", lasting=True) from error
 
 
-def look_around(settings: AgentSettings) -> Surroundings:
-    """Look at vLLM, the model and the machine. Blocks, for half a minute when vLLM was never asked before.
+def look_around(settings: AgentSettings, given_up: GivenUp) -> Surroundings:
+    """Look at vLLM, the model and the machine. Blocks, for half a minute when vLLM was never asked before; ends soon
+    after `given_up` says that nobody waits for it.
 
     Raises:
         PlaceUnusable: vLLM or the model is missing or cannot be read.
@@ -81,7 +82,7 @@ def look_around(settings: AgentSettings) -> Surroundings:
     return Surroundings(
         settings=settings,
         places=places,
-        engine=engine_facts(executable, places.caches, engine_environment()),
+        engine=engine_facts(executable, places.caches, engine_environment(), given_up),
         model=model,
         hardware=this_machine(settings),
     )
