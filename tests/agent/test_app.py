@@ -222,6 +222,22 @@ async def test_another_assignment_restarts_the_engine(tmp_path: Path) -> None:
                 assert json.loads(answer.body)["model"] == name
 
 
+async def test_an_agent_whose_assignment_is_taken_away_is_idle(tmp_path: Path) -> None:
+    """One that stays degraded has failed in the end, and requests for its next endpoint would not wait for it."""
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router, served_name=None))
+        async with agent_process(tmp_path, enroll) as agent:
+            await router.opened()
+            await router.assign(Assignment(endpoint=EndpointId("e"), served_name="first", model="model"))
+            await ready(router, "first")
+            await router.assign(None)
+            await agent.says("state", state="idle", before="degraded")
+            await agent.says("assignment", served_name=None)
+            await router.assign(Assignment(endpoint=EndpointId("e"), served_name="second", model="model"))
+            await agent.says("state", state="starting", before="idle")
+            await ready(router, "second")
+
+
 async def test_what_is_missing_is_told_with_its_remedy(tmp_path: Path) -> None:
     async with agent_process(tmp_path, None, VLLM_PATH=str(tmp_path / "nothing")) as agent:
         assert await agent.ended() == 1

@@ -69,7 +69,15 @@ def test_without_a_model_a_lost_link_means_connecting_again() -> None:
     assert walk(Step.ENROLLED, Step.LINKED, Step.LINK_LOST, Step.LINKED) is AgentState.IDLE
 
 
-@pytest.mark.parametrize("step", [Step.ENGINE_STARTED, Step.ENGINE_READY, Step.ENGINE_UNHEALTHY, Step.GAVE_UP])
+def test_an_engine_that_was_stopped_is_waited_for_no_more_and_the_next_one_starts() -> None:
+    asked = (*START, Step.ENGINE_UNHEALTHY)
+    assert walk(*asked, Step.ENGINE_STOPPED) is AgentState.IDLE
+    assert walk(*asked, Step.DEGRADED_TOO_LONG, Step.ENGINE_STOPPED, Step.ENGINE_STARTED) is AgentState.STARTING
+
+
+@pytest.mark.parametrize(
+    "step", [Step.ENGINE_STARTED, Step.ENGINE_READY, Step.ENGINE_UNHEALTHY, Step.ENGINE_STOPPED, Step.GAVE_UP]
+)
 @pytest.mark.parametrize("state", [AgentState.STARTING, AgentState.READY, AgentState.DEGRADED, AgentState.FAILED])
 def test_whatever_the_engine_does_while_it_is_supervised_has_a_state(state: AgentState, step: Step) -> None:
     assert after(state, step) in AgentState

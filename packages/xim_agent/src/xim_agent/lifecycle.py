@@ -40,6 +40,8 @@ class Step(StrEnum):
     ENGINE_STARTED = "engine_started"
     ENGINE_READY = "engine_ready"
     ENGINE_UNHEALTHY = "engine_unhealthy"
+    ENGINE_STOPPED = "engine_stopped"
+    """As asked, and nothing of it is left: what it served is assigned no more."""
     DEGRADED_TOO_LONG = "degraded_too_long"
     GAVE_UP = "gave_up"
     DRAIN_ASKED = "drain_asked"
@@ -98,6 +100,7 @@ TRANSITIONS: dict[AgentState, dict[Step, AgentState]] = {
         Step.ENGINE_STARTED: AgentState.STARTING,
         Step.ENGINE_READY: AgentState.READY,
         Step.ENGINE_UNHEALTHY: AgentState.STARTING,  # it ended before it was ever ready
+        Step.ENGINE_STOPPED: AgentState.IDLE,
         Step.GAVE_UP: AgentState.FAILED,
         Step.DRAIN_ASKED: AgentState.DRAINING,
     },
@@ -107,6 +110,7 @@ TRANSITIONS: dict[AgentState, dict[Step, AgentState]] = {
         Step.LEASE_LOST: AgentState.DEGRADED,
         Step.ENGINE_READY: AgentState.READY,
         Step.ENGINE_UNHEALTHY: AgentState.DEGRADED,
+        Step.ENGINE_STOPPED: AgentState.IDLE,
         Step.PULL_STARTED: AgentState.PULLING,  # another assignment
         Step.ENGINE_STARTED: AgentState.STARTING,
         Step.GAVE_UP: AgentState.FAILED,
@@ -119,6 +123,7 @@ TRANSITIONS: dict[AgentState, dict[Step, AgentState]] = {
         Step.ENGINE_STARTED: AgentState.DEGRADED,
         Step.ENGINE_READY: AgentState.READY,
         Step.ENGINE_UNHEALTHY: AgentState.DEGRADED,
+        Step.ENGINE_STOPPED: AgentState.IDLE,
         Step.DEGRADED_TOO_LONG: AgentState.FAILED,
         Step.GAVE_UP: AgentState.FAILED,
         Step.DRAIN_ASKED: AgentState.DRAINING,
@@ -129,6 +134,7 @@ TRANSITIONS: dict[AgentState, dict[Step, AgentState]] = {
         Step.LEASE_LOST: AgentState.FAILED,
         Step.ENGINE_STARTED: AgentState.FAILED,
         Step.ENGINE_UNHEALTHY: AgentState.FAILED,
+        Step.ENGINE_STOPPED: AgentState.IDLE,
         Step.ENGINE_READY: AgentState.READY,
         Step.GAVE_UP: AgentState.FAILED,
         Step.DRAIN_ASKED: AgentState.DRAINING,
@@ -140,6 +146,7 @@ TRANSITIONS: dict[AgentState, dict[Step, AgentState]] = {
         Step.ENGINE_STARTED: AgentState.DRAINING,
         Step.ENGINE_READY: AgentState.DRAINING,
         Step.ENGINE_UNHEALTHY: AgentState.DRAINING,
+        Step.ENGINE_STOPPED: AgentState.DRAINING,
         Step.DEGRADED_TOO_LONG: AgentState.DRAINING,
         Step.GAVE_UP: AgentState.STOPPED,
         Step.DRAIN_ASKED: AgentState.DRAINING,

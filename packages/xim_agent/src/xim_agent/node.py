@@ -61,9 +61,10 @@ _STEPS: dict[EngineState, Step] = {
     EngineState.DEGRADED: Step.ENGINE_UNHEALTHY,
     EngineState.RESTARTING: Step.ENGINE_UNHEALTHY,
     EngineState.STOPPING: Step.ENGINE_UNHEALTHY,
+    EngineState.STOPPED: Step.ENGINE_STOPPED,
     EngineState.FAILED: Step.GAVE_UP,
 }
-"""What a state of the engine means for the agent; the others mean nothing."""
+"""What a state of the engine means for the agent."""
 
 
 class Node:
@@ -241,8 +242,10 @@ class Node:
         elif state is EngineState.RESTARTING:
             self._metrics.engine_restarts.inc()
         # While the agent drains, it drains, whatever the engine does.
-        if state in _STEPS and self._state is not State.DRAINING:
+        if self._state is not State.DRAINING:
             self._step(_STEPS[state])
+            if state is EngineState.STOPPED and not self._mesh.is_linked:
+                self._step(Step.LINK_LOST)  # that was said while there was an engine to wait for
 
     def _engine_ready(self) -> bool:
         return self._engine.ready
