@@ -22,7 +22,15 @@ from demo.processes import Child, DemoFailed, Signals, StopRequested
 from demo.progress import say, step
 from demo.question import Answer, ask
 from demo.state import Folder, write_private
-from demo.system import Run, register, start_agent, start_router, wait_for_agent, wait_for_router
+from demo.system import (
+    Run,
+    register,
+    spare_this_machine_the_proxy,
+    start_agent,
+    start_router,
+    wait_for_agent,
+    wait_for_router,
+)
 
 TINY = PAGE.with_name("xim-tiny").resolve()
 OWN_QUESTION = "Say in one sentence what a language model is."
@@ -96,6 +104,7 @@ def endpoint_slug(name: str) -> str:
 
 
 def _start(run: Run, engine: Engine, signals: Signals, children: list[Child]) -> Run:
+    spare_this_machine_the_proxy()  # not sooner: what is fetched for the engine may need it
     with step("Project, API key and endpoint"):
         run = replace(run, state=register(run.folder, run.state, run.endpoint))
     run.folder.save(run.state)

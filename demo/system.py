@@ -22,6 +22,7 @@ ROUTER_START_S = 60.0
 AGENT_START_S = 900.0  # a model of the user's own may be large; a dead or failed agent is noticed at once
 _POLL_S = 0.2
 _PROBE_TIMEOUT_S = 2.0
+_UNPROXIED = ("no_proxy", "NO_PROXY")  # some programs read the one, some the other
 _BINARIES = Path(sys.executable).parent
 
 
@@ -40,6 +41,13 @@ class Run:
     def base_url(self) -> str:
         """What an OpenAI client needs, beside the key."""
         return f"http://{HOST}:{self.state.ports.http}/v1"
+
+
+def spare_this_machine_the_proxy() -> None:
+    """Let nobody ask a proxy for the loopback address: neither this program nor those that it starts."""
+    named = [word.strip() for name in _UNPROXIED for word in os.environ.get(name, "").split(",") if word.strip()]
+    value = "*" if "*" in named else ",".join(dict.fromkeys([*named, HOST]))
+    os.environ.update(dict.fromkeys(_UNPROXIED, value))
 
 
 def router_environment(folder: Folder, state: State) -> dict[str, str]:

@@ -138,6 +138,18 @@ def test_an_engine_that_does_not_start_is_told_and_leaves_no_process(state: Path
     assert marked_processes(state) == []
 
 
+def test_a_proxy_of_the_users_is_not_asked_for_this_machine(state: Path, model: Path) -> None:
+    nowhere = "http://127.0.0.1:9"  # the discard port, where nobody listens
+    answered = run_once(
+        state,
+        *("--model", str(model)),
+        XEROTIER_AGENT_VLLM_PATH=str(FAKE_VLLM),
+        **{"http_proxy": nowhere, "HTTP_PROXY": nowhere, "all_proxy": nowhere, "NO_PROXY": "corp.example"},
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert "time to first token" in answered.stdout
+
+
 def test_ctrl_c_before_the_demo_is_loaded_prints_no_traceback() -> None:
     # Its imports take half a second; here the first of them never ends.
     process = subprocess.Popen(
