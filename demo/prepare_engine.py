@@ -27,9 +27,10 @@ from pathlib import Path
 from demo.progress import say, step
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = ROOT / ".venvs" / "engine-cpu"
+# Where a link leads to: checkouts that share one folder call it alike, or each would make anew what the other has made.
+ENVIRONMENT = (ROOT / ".venvs").resolve() / "engine-cpu"
 VLLM = ENVIRONMENT / "bin" / "vllm"
-LOG = ROOT / ".venvs" / "engine-cpu.log"
+LOG = ENVIRONMENT.with_suffix(".log")
 LOCK = ROOT / "requirements" / "engine-cpu.txt"
 STAMP = ENVIRONMENT / ".prepared"
 

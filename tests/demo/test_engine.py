@@ -1,6 +1,7 @@
 """Which vLLM is chosen, and the parts of the one that is prepared."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,23 @@ def test_a_broken_vllm_on_path_is_passed_over(program: Program, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(path.parent), prepend=":")
     monkeypatch.setattr(engine, "prepare", lambda: Path("/prepared/vllm"))
     assert choose_engine() == Engine(path="/prepared/vllm", version=prepare_engine.VLLM_VERSION)
+
+
+def test_checkouts_that_share_their_environments_by_a_link_share_the_prepared_vllm(tmp_path: Path) -> None:
+    shared = tmp_path / "environments"
+    shared.mkdir()
+    seen = {name: seen_from(tmp_path / name, shared) for name in ("one", "two")}
+    assert seen["one"] == seen["two"] == f"{shared / 'engine-cpu'}\n"
+
+
+def seen_from(checkout: Path, environments: Path) -> str:
+    """What a checkout whose `.venvs` leads to `environments` calls the prepared vLLM's environment."""
+    shutil.copytree(
+        prepare_engine.ROOT / "demo", checkout / "demo", ignore=shutil.ignore_patterns("__pycache__", "model")
+    )
+    (checkout / ".venvs").symlink_to(environments)
+    code = "from demo import prepare_engine; print(prepare_engine.ENVIRONMENT)"
+    return subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=True).stdout
 
 
 def test_only_the_tiny_model_on_a_cpu_is_started_with_its_own_small_cache() -> None:
