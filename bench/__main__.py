@@ -11,7 +11,7 @@ import uvloop
 from bench import picture, record
 from bench.peer import PEERS
 from bench.process import StartFailed
-from bench.run import Plan, run, say
+from bench.run import ALL_NAMES, Plan, run, say
 from bench.subject import ROOT
 from bench.tables import markdown
 
@@ -48,6 +48,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--workers must be 1 to 16")
     if args.quick:
         args.repeats, args.window = 1, min(args.window, 1.0)
+    if not any(map(plan_of(args).chosen, ALL_NAMES)):
+        parser.error("no scenario is left by --only and --skip; their names stand in the newest of bench/results/*.md")
     return args
 
 

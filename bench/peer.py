@@ -1,6 +1,8 @@
 """Routers of others, from PyPI, each in an environment of its own: .venvs/bench-NAME, from requirements-NAME.txt."""
 
 import asyncio
+import hashlib
+import platform
 import secrets
 import shutil
 import sys
@@ -97,15 +99,24 @@ class NotInstalled(RuntimeError):
 
 
 async def ensure_installed(peer: Peer) -> str:
-    """Make the peer's environment if it is not there yet; returns the peer's version.
+    """Make the peer's environment if it is not there, whole and of today's pins; returns the peer's version.
 
     Raises: NotInstalled when the installer fails (no network, no build for this machine).
     """
-    if not (peer.environment / "bin" / peer.name).exists():
+    stamp, wanted = peer.environment / ".installed", _fingerprint(peer)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        # Half an environment, left by an install that failed, is in the way of the next one.
+        shutil.rmtree(peer.environment, ignore_errors=True)
         await _install(peer)
+        stamp.write_text(wanted)
     # By its own Python: the metadata of an environment is read best from inside.
     code = f"import importlib.metadata as m; print(m.version({peer.distribution!r}))"
     return (await _output_of(str(peer.environment / "bin" / "python"), "-c", code)).strip()
+
+
+def _fingerprint(peer: Peer) -> str:
+    """What the environment is made from: the pins and the Python."""
+    return f"{hashlib.sha256(peer.requirements.read_bytes()).hexdigest()} {platform.python_version()}\n"
 
 
 async def _install(peer: Peer) -> None:

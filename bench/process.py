@@ -76,20 +76,28 @@ def _cpu_of(pid: int) -> float:
     return 0.0
 
 
+def environment_with(env: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment and `env`, without the user's variables of our programs.
+
+    One of them may name a real database.
+    """
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("XEROTIER_")}
+    return {**inherited, **env}
+
+
 @asynccontextmanager
 async def running(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> AsyncIterator[psutil.Process]:
     """`command` as a child that leads its own process group; the whole group is gone when the block ends.
 
-    It inherits the environment, but for variables of our own programs, and sees `env` on top.
+    It sees `environment_with(env)`.
     """
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("XEROTIER_")}
     with log.open("ab") as output:
         child = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**inherited, **env},
+            env=environment_with(env),
             start_new_session=True,
         )
     try:

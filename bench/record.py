@@ -59,19 +59,25 @@ class Results:
         return [m for m in self.measurements if m.scenario == scenario and m.subject == subject]
 
     def series(self, scenario: str, subject: str, value: Value) -> list[float]:
-        """That value of every repeat that has it."""
-        return [found for m in self.of(scenario, subject) if (found := value(m)) is not None]
+        """That value of every repeat that has it, and in which nothing went wrong: what fails may be cheap."""
+        return [found for m in self._sound(scenario, subject) if (found := value(m)) is not None]
 
     def added(self, scenario: str, subject: str, value: Value) -> list[float]:
         """That value less the engine's own in the same repeat, for every repeat that has both."""
-        alone = {m.repeat: value(m) for m in self.of(scenario, ALONE)}
-        pairs = ((value(m), alone.get(m.repeat)) for m in self.of(scenario, subject))
+        alone = {m.repeat: value(m) for m in self._sound(scenario, ALONE)}
+        pairs = ((value(m), alone.get(m.repeat)) for m in self._sound(scenario, subject))
         return [through - direct for through, direct in pairs if through is not None and direct is not None]
 
     def footprint(self, subject: str, value: Callable[[Footprint], float | None]) -> list[float]:
         """That value of every start of the subject that has it."""
-        starts = (found for found in self.footprints if found.subject == subject)
-        return [number for found in starts if (number := value(found)) is not None]
+        return [number for found in self.sound_footprints(subject) if (number := value(found)) is not None]
+
+    def sound_footprints(self, subject: str) -> list[Footprint]:
+        """The starts of the subject in which nothing went wrong."""
+        return [found for found in self.footprints if found.subject == subject and not found.faults]
+
+    def _sound(self, scenario: str, subject: str) -> list[Measurement]:
+        return [m for m in self.of(scenario, subject) if not m.faults]
 
     def faults(self) -> list[tuple[str, str]]:
         """Subject and first fault of everything that went wrong."""

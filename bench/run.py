@@ -21,11 +21,14 @@ from bench.scenario import CHUNK_BYTES, INTERVAL_MS, Kind, Measurement, Scenario
 from bench.subject import ROOT, Subject, engine_alone
 from bench.xim import name_of, xim
 
-_IDLE_S = 2.0
+_IDLE_S = 10.0
+"""As long as the longest time between two timers of ours, the renewal of a lease."""
 _PAUSE_S = 0.3
 IDLE = "CPU while idle"
 """Chosen or not like a scenario."""
 _WARM_UP = Scenario(name="warm-up", kind=Kind.REQUESTS, clients=16, chunks=8)
+ALL_NAMES = (footprint.NAME, IDLE, *(scenario.name for scenario in all_scenarios()))
+"""What may be chosen."""
 T = TypeVar("T")
 KEPT_LOGS = ROOT / "build" / "bench"
 
@@ -67,7 +70,7 @@ async def run(plan: Plan) -> record.Results:
             async with _started(routers, folder, skipped) as started:
                 subjects = [engine, *started]
                 await _warm_up(subjects)
-                idle_shares = {s.name: await idle(s, _IDLE_S) for s in subjects if plan.chosen(IDLE)}
+                idle_shares = await _idle_shares(subjects) if plan.chosen(IDLE) else {}
                 measurements = await _measurements(plan, scenarios, subjects)
     return record.Results(
         facts={**facts, "took_s": round(time.monotonic() - begun)},
@@ -131,6 +134,19 @@ async def _warm_up(subjects: list[Subject]) -> None:
     """Caches, connection pools and lazy imports, outside every measured window."""
     for subject in subjects:
         await measure(_WARM_UP, subject, 0.3)
+
+
+async def _idle_shares(subjects: list[Subject]) -> dict[str, dict[str, float]]:
+    """CPU per second of every part, of all subjects in the same seconds; one that has died has none."""
+    say(IDLE)
+    taken = await asyncio.gather(*(idle(subject, _IDLE_S) for subject in subjects), return_exceptions=True)
+    shares = {}
+    for subject, found in zip(subjects, taken, strict=True):
+        if isinstance(found, BaseException):
+            say(f"  {subject.name}: no measurement: {found!r}")
+        else:
+            shares[subject.name] = found
+    return shares
 
 
 async def _footprints(plan: Plan, routers: dict[str, Start], folder: Path) -> list[Footprint]:

@@ -51,7 +51,11 @@ def markdown(results: Results) -> str:
             _footprint_table(results),
         ]
     if results.idle:
-        blocks += ["## CPU while idle, ms per s", _idle_table(results)]
+        blocks += [
+            "## CPU while idle, ms per s",
+            "Once, before the scenarios, over the same 10 s for all: one renewal of a lease, two checks of an engine.",
+            _idle_table(results),
+        ]
     if results.scenarios:
         blocks += ["## CPU of the client itself, % of one core, the most of all repeats", _client_table(results)]
     blocks += ["## What the project aims at, and what this run has of it", _aims_table(results)]
@@ -157,14 +161,14 @@ def _rate_table(results: Results, scenarios: list[Scenario]) -> str:
 
 
 def _footprint_table(results: Results) -> str:
-    parts = {found.subject: list(found.empty) for found in results.footprints if found.empty}
+    parts = {found.subject: list(found.empty) for found in results.footprints if found.empty and not found.faults}
     rows = [_footprint_row(results, subject, part) for subject, names in parts.items() for part in names]
     head = ["", "start-up, s", "no stream, MiB", "per idle stream, KiB", "per active stream, KiB", "streams of each"]
     return table(head, rows)
 
 
 def _footprint_row(results: Results, subject: str, part: str) -> list[str]:
-    taken = [found for found in results.footprints if found.subject == subject and part in found.empty]
+    taken = [found for found in results.sound_footprints(subject) if part in found.empty]
     series = [
         ([found.start_s for found in taken if found.start_s is not None and part == "router"], 2),
         ([found.empty[part] / 2**20 for found in taken], 0),

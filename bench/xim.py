@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import Tally, Target, connections
-from bench.process import Part, StartFailed, free_block, free_port, running, wait_until_ready
+from bench.process import Part, StartFailed, environment_with, free_block, free_port, running, wait_until_ready
 from bench.subject import FAKE_VLLM, MAX_STREAMS, MODEL, Subject
 
 _READY_S = 60.0
@@ -164,7 +164,7 @@ async def _command(env: Mapping[str, str], *words: str) -> dict[str, Any]:
         str(_BINARIES / "xerotier-router"),
         *words,
         "--json",
-        env={**os.environ, **env},
+        env=environment_with(env),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

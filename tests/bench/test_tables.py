@@ -1,5 +1,7 @@
 """The tables and the verdicts that a run is reported by."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import aims
@@ -93,6 +95,42 @@ def test_the_first_token_is_compared_with_the_better_one() -> None:
 
 def test_a_difference_below_nothing_decides_nothing() -> None:
     assert first_token_of(1.5, 0.9, 40.0) == ("no ratio (0.50 beside -0.10 ms)", "not decided")
+
+
+def test_one_rust_router_alone_is_not_the_better_one() -> None:
+    found = verdicts(
+        *(
+            first_token(name, TTFT, ms, ms)
+            for name, ms in [("engine alone", 1.0), ("xim", 2.1), ("sglang-router", 40.0)]
+        )
+    )
+    assert found[f"added time to first token, p50, beside the better of the Rust routers, {TTFT}"] == (
+        "-",
+        "not measured",
+    )
+
+
+def test_what_went_wrong_counts_for_nothing() -> None:
+    cheap = [replace(m, faults=["cut off before its end"]) for m in cost("xim", SPREAD, 1.0, 1.0)]
+    run = [*cheap, *cost("vllm-router", SPREAD, 20.0, 20.0)]
+    assert verdicts(run)[f"CPU per chunk beside vllm-router, {SPREAD}"] == ("-", "not measured")
+    assert f"| {SPREAD} | - | 20.0 (20.0 - 20.0) |" in markdown(results(run))
+
+
+def test_a_start_that_went_wrong_counts_for_nothing() -> None:
+    starts = [
+        Footprint(
+            subject="xim",
+            repeat=repeat,
+            empty={"router": 2**20},
+            per_idle_stream={"router": 1024.0},
+            per_active_stream={"router": 1024.0},
+            faults=faults,
+        )
+        for repeat, faults in enumerate([[], ["status 503"]])
+    ]
+    assert verdicts(footprints=starts)["memory of the router per open, idle stream"] == ("-", "not measured")
+    assert "| 1.0 (1.0 - 1.0) **1 of 2 runs** |" in markdown(results([], starts))
 
 
 @pytest.mark.parametrize(("kib", "verdict"), [(39.0, "met"), (41.0, "**not met**")])
