@@ -48,6 +48,8 @@ def svg(results: Results) -> str | None:
         f"Medians of {results.repeats} repeats, whiskers from the least to the most. "
         f"{facts['cores']} x {facts['cpu']}, {facts['date'][:10]}, commit {facts['commit']}"
     )
+    if results.slow:
+        foot += f". Streams of {', '.join(results.slow)}: a tenth of the chunks"
     return draw(panels, foot) if panels else None
 
 

@@ -81,3 +81,9 @@ def test_a_run_has_a_panel_per_main_row() -> None:
 
 def test_a_run_without_main_rows_has_no_picture() -> None:
     assert svg(results(cost("xim", "1 stream", 1.0, 1.0))) is None
+
+
+def test_the_foot_says_who_had_fewer_chunks() -> None:
+    text = svg(results(cost("xim", "128 streams, spread", 1.0, 1.0)))
+    assert text is not None
+    assert "Streams of litellm: a tenth of the chunks" in text
