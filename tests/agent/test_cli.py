@@ -52,6 +52,13 @@ async def test_wrong_settings_are_all_told_and_end_with_2() -> None:
     assert "MAX_NUM_SEQS='many'" in done.stderr
 
 
+async def test_an_empty_flag_counts_as_unset() -> None:
+    done = await agent("settings", "--max-concurrent", "", "--metrics-port", "", XEROTIER_AGENT_METRICS_PORT="9999")
+    assert done.returncode == 0, done.stderr
+    assert "XEROTIER_AGENT_MAX_CONCURRENT=automatic" in done.stdout
+    assert "XEROTIER_AGENT_METRICS_PORT=9999  [environment]" in done.stdout
+
+
 SIXTEEN = {
     "ALLOW_INSECURE": ("yes", "takes 1, 0, true or false"),
     "MAX_CONCURRENT": ("0", "must be at least 1"),

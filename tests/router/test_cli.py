@@ -121,6 +121,12 @@ def test_readable_text_is_the_default_and_says_how_to_go_on(cli: Cli) -> None:
     assert made(everywhere)["enroll_url"] == "http://127.0.0.1:8080"
 
 
+def test_an_empty_quantization_is_none(cli: Cli) -> None:
+    cli("project", "create", "--slug", "demo")
+    endpoint = ("endpoint", "create", "--project", "demo", "--slug", "tiny", "--model", "M", "--json")
+    assert made(cli(*endpoint, "--quantization", ""))["quantization"] is None
+
+
 def test_revoked_keys_and_deleted_endpoints_are_listed_as_such(cli: Cli) -> None:
     cli("project", "create", "--slug", "demo")
     cli("endpoint", "create", "--project", "demo", "--slug", "tiny", "--model", "M")

@@ -87,7 +87,7 @@ def settings_from(flags: dict[str, Any]) -> AgentSettings:
         OperatorError: a value breaks its rule.
     """
     variables = {row.field: row.variable for row in rows()}
-    given = {variables[field]: value for field, value in flags.items() if value not in (None, ())}
+    given = {variables[field]: value for field, value in flags.items() if _is_given(value)}
     try:
         settings = load_settings(given)
     except SettingsInvalid as invalid:
@@ -97,6 +97,11 @@ def settings_from(flags: dict[str, Any]) -> AgentSettings:
         raise SettingsError(f"settings cannot be used:{lines}", "") from None
     logs.configure(settings.log_level)
     return settings
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a flag says something: an empty one counts as unset, as an empty variable does."""
+    return value not in (None, (), "")
 
 
 def tell_about(settings: AgentSettings) -> None:
@@ -237,7 +242,7 @@ def plan(
     settings = settings_from(flags)
     for sentence in warnings():
         click.echo(f"Warning: {sentence}", err=True)
-    wanted = Wanted(served_name=served_name, quantization=endpoint_quantization, task_mode=task_mode)
+    wanted = Wanted(served_name=served_name, quantization=endpoint_quantization or None, task_mode=task_mode)
     try:
         text, usable = shown_plan(settings, hardware=hardware, model=model, wanted=wanted, json_form=form == "json")
     except PlaceUnusable as error:
@@ -258,7 +263,7 @@ def show_settings(**flags: Any) -> None:
         if row.group is not group:
             group = row.group
             click.echo(f"\n{group}:")
-        value, origin = _value_and_origin(settings, row, given=flags.get(row.field) not in (None, ()))
+        value, origin = _value_and_origin(settings, row, given=_is_given(flags.get(row.field)))
         click.echo(f"  {row.variable}={value}  [{origin}]")
         click.echo(f"      {row.description}" + (f" No effect in this version: {row.not_yet}." if row.not_yet else ""))
 

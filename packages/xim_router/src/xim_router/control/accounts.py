@@ -90,7 +90,7 @@ class Accounts:
             slug=slug,
             model=model,
             task_mode=task_mode,
-            quantization=quantization,
+            quantization=quantization or None,  # vLLM ends at once when it is given an empty one
             created_at=self._clock(),
         )
         await self._add(endpoint, "endpoint", slug)
