@@ -112,7 +112,16 @@ def test_what_cannot_be_read_is_told_with_its_remedy(tmp_path: Path, words: tupl
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("content", "told"), [("{", "cannot be read"), ('{"gpu": 1}', "gpu"), ("[]", "describe")])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "cannot be read"),
+        ("[" * 99_999, "cannot be read"),
+        ('{"gpu": 1}', "gpu"),
+        ("[]", "describe"),
+        ('{"cpu_limit": Infinity}', "cpu_limit: input should be a finite number"),
+    ],
+)
 def test_a_description_with_a_mistake_is_told(tmp_path: Path, content: str, told: str) -> None:
     file = tmp_path / "machine.json"
     file.write_text(content, encoding="utf-8")

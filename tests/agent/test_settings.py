@@ -98,6 +98,16 @@ def test_a_wrong_value_is_answered_with_the_default_as_the_table_words_it(monkey
         load_settings({})
 
 
+@pytest.mark.parametrize(
+    "name", ["VLLM_STARTUP_TIMEOUT_SECONDS", "FLOW_CONTROL_TIMEOUT_SECONDS", "MAX_NUM_SEQS", "LMCACHE_DISK_SIZE_GB"]
+)
+def test_a_number_beyond_all_reckoning_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As a count of seconds or bytes it would be too large for a float, or for the wire."""
+    monkeypatch.setenv(A + name, "9" * 400)
+    with pytest.raises(SettingsInvalid, match="must be at most 1000000"):
+        load_settings({})
+
+
 @pytest.mark.parametrize("name", ["HEALTH_CHECK_INTERVAL", "GPU_MEMORY_UTILIZATION", "KV_OFFLOAD_SIZE_GB"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_what_is_no_finite_number_is_called_that(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

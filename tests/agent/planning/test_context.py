@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.agent.planning.givens import decision, machine, model, planned, vllm, words
+from xim_agent.facts.model import RopeFacts
 from xim_agent.planning.budget import in_flight_tokens
 from xim_agent.planning.decision import Source
 from xim_agent.planning.engine_facts import EngineFacts
@@ -22,6 +23,20 @@ def values(plan: EnginePlan, *options: str) -> list[str]:
 def test_the_models_own_length_is_left_to_vllm_where_it_fits() -> None:
     found = decision(planned("h200"), LENGTH)
     assert (found.value, found.source, words(found)) == ("131072", Source.MODEL, "")
+
+
+def test_a_rope_scaling_makes_the_length_longer_that_vllm_checks_at_its_start() -> None:
+    """DeepSeek-Coder: 16384 positions and a factor of 4. vLLM wants room for 65536 unless it is told otherwise."""
+    scaled = replace(model("llama-3.1-8b"), max_position_embeddings=16384, rope=RopeFacts(kind="linear", factor=4.0))
+    assert words(decision(planned("rtx-3090", scaled), LENGTH)) == "--max-model-len auto"
+    roomy = decision(planned("h200", scaled), LENGTH)
+    assert (roomy.value, roomy.arguments) == ("65536", ())
+    assert "times the factor of its rope scaling" in roomy.reason
+    plain = replace(scaled, rope=None)
+    assert decision(planned("rtx-3090", plain), LENGTH).value == "16384"
+    asked = {"MAX_MODEL_LEN": "65536"}
+    assert "refuses a context above" in decision(planned("h200", plain, **asked), LENGTH).warning
+    assert not decision(planned("h200", scaled, **asked), LENGTH).warning
 
 
 def test_a_length_that_does_not_fit_is_measured_by_vllm_or_cut() -> None:
@@ -187,6 +202,12 @@ def test_a_tight_model_is_warned_of_with_the_levers() -> None:
     tight = planned("rtx-3090", "llama-3.1-8b", GPU_MEMORY_UTILIZATION="0.8", VLLM_QUANTIZATION="none")
     assert plan.warnings == ()
     assert "leaves no room for 4096 tokens" in tight.warnings[0]
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-1", "95"])
+def test_a_utilization_that_vllm_refuses_is_not_planned_with(word: str) -> None:
+    plan = planned("h200", VLLM_ARGS=f"--gpu-memory-utilization {word}")
+    assert plan.budget.utilization == 0.95
 
 
 def test_utilization_is_passed_on_gpus_and_where_it_was_set() -> None:

@@ -149,6 +149,16 @@ def test_every_worker_gets_its_part_of_lmcaches_tiers() -> None:
     assert "max_local_cpu_size: 0.1\n" in planned(little, "llama-3.1-70b", **LMCACHE).files[0].content
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [("redis://[::1", "redis://**********"), ("cache:s3cret", "**********"), ("u:s3cret@h", "**********")],
+)
+def test_a_wrong_redis_url_is_lmcaches_to_refuse_and_still_shown_without_its_password(url: str, shown: str) -> None:
+    (file,) = planned("h200", LMCACHE_REDIS_URL=url, **LMCACHE).files
+    assert f"remote_url: {json.dumps(url)}" in file.content
+    assert f"remote_url: {json.dumps(shown)}" in file.shown
+
+
 def test_lmcache_takes_the_operators_tiers_and_hides_the_password() -> None:
     plan = planned("h200", LMCACHE_REDIS_URL="redis://:s3cret@cache:6379", LMCACHE_DISK_SIZE_GB="7", **LMCACHE)
     (file,) = plan.files

@@ -56,7 +56,8 @@ def test_short_names_denials_and_keys_of_json_are_their_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("8192", 8192), ("8k", 8000), ("8K", 8192), ("25.6k", 25600), ("2M", 2**21), ("auto", None)]
+    ("text", "number"),
+    [("8192", 8192), ("8k", 8000), ("8K", 8192), ("25.6k", 25600), ("2M", 2**21), ("auto", None), ("9" * 400, None)],
 )
 def test_numbers_are_read_as_vllm_reads_them(text: str, number: int | None) -> None:
     assert number_of(text) == number

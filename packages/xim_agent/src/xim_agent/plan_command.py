@@ -54,7 +54,7 @@ def read_description(file: Path) -> HardwareFacts:
         return HardwareFacts.from_json(json.dumps(content))
     except HardwareUnreadable as error:
         raise PlaceUnusable(f"{file}: {error}", "") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlaceUnusable(
             f"{file} cannot be read: {error}.", "Name a file with a machine's description in JSON."
         ) from error

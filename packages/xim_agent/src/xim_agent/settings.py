@@ -289,7 +289,7 @@ class AgentSettings(BaseSettings):
     lmcache_redis_url: SecretStr | None = _setting(
         None, "LMCACHE_REDIS_URL", Group.KV_CACHE, "Remote tier of LMCache.", shown="none: memory and disk only"
     )
-    lmcache_disk_size_gb: Annotated[int, Field(ge=0)] | None = _setting(
+    lmcache_disk_size_gb: Annotated[int, Field(ge=0, le=1_000_000)] | None = _setting(
         None, "LMCACHE_DISK_SIZE_GB", Group.KV_CACHE, "Disk tier.", unit="GB", shown="10% of the partition"
     )
 

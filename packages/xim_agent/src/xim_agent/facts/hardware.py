@@ -129,7 +129,7 @@ class HardwareFacts:
     """The machine's memory."""
     ram_limit_bytes: Positive | None = None
     """The control group's memory limit; `None` where it sets none."""
-    cpu_limit: Annotated[float, Field(gt=0)] | None = None
+    cpu_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The control group's quota in CPUs, 1.5 for one and a half; `None` where it sets none."""
     disk_total_bytes: Positive | None = None
     """Of the file system that holds the model cache."""

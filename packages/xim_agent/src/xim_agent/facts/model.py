@@ -129,8 +129,8 @@ class RopeFacts:
     original_max_position_embeddings: int | None = None
 
 
-_INCLUDED_ROPES = {"llama3", "longrope", "su"}
-"""Scalings after which `max_position_embeddings` is the scaled length already."""
+_INCLUDED_ROPES = {"llama3", "longrope", "su", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+"""Scalings after which `max_position_embeddings` is the scaled length already, to vLLM 0.32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,14 +187,11 @@ class ModelFacts:
     def context_limit(self) -> int | None:
         """The longest context that the positions allow, as vLLM derives it (`_get_and_verify_max_len`).
 
-        `max_position_embeddings`, times the factor of a rope scaling that the value does not include yet; YaRN scales
-        the length that the model was trained for.
+        `max_position_embeddings`, times the factor of a rope scaling that the value does not include yet.
         """
         positions = self.max_position_embeddings
         if positions is None or self.rope is None or self.rope.kind in _INCLUDED_ROPES or "gemma3" in self.model_type:
             return positions
-        if self.rope.kind == "yarn":
-            positions = self.rope.original_max_position_embeddings or positions
         return int(positions * (self.rope.factor or 1.0))
 
     def to_json(self) -> dict[str, Any]:

@@ -34,9 +34,11 @@ def choose_utilization(given: Given) -> Decision:
 def utilization_of(given: Given, decision: Decision) -> float:
     """The number that a decision of `choose_utilization` holds."""
     try:
-        return float(decision.value)
+        part = float(decision.value)
     except ValueError:
         return given.settings.gpu_memory_utilization
+    # Also `nan`, which vLLM refuses, is no number to plan with.
+    return part if 0.0 < part <= 1.0 else given.settings.gpu_memory_utilization
 
 
 def judge_room(given: Given, budget: Budget) -> Decision:
@@ -111,7 +113,7 @@ def _too_many(sequences: int | None, blocks: int | None) -> str:
 def choose_context(given: Given, budget: Budget) -> Decision:
     """The longest context: the operator's, the model's where it fits, else what fits."""
     flag, name = "--max-model-len", "context length"
-    most = given.model.max_position_embeddings
+    most = given.model.context_limit
     own = said(given, flag, "max_model_len")
     if own is not None:
         return Decision(
@@ -124,7 +126,10 @@ def choose_context(given: Given, budget: Budget) -> Decision:
         )
     if most is None:
         return Decision(option=name, value="vLLM's own", source=Source.MODEL, reason="config.json names no longest")
-    model = Decision(option=name, value=str(most), source=Source.MODEL, reason="max_position_embeddings of config.json")
+    positions = "max_position_embeddings of config.json"
+    if most != given.model.max_position_embeddings:
+        positions += ", times the factor of its rope scaling, as vLLM reckons"
+    model = Decision(option=name, value=str(most), source=Source.MODEL, reason=positions)
     if not given.settings.auto_config or budget.context_fits(given, most) is not False:
         return model
     fits = budget.longest(given, most)
@@ -178,7 +183,7 @@ def _too_long(given: Given, budget: Budget, tokens: int | None) -> str:
     """What speaks against the operator's context; empty for nothing."""
     if tokens is None:
         return ""
-    most = given.model.max_position_embeddings
+    most = given.model.context_limit
     if most is not None and tokens > most and given.model.rope is None:
         return f"vLLM refuses a context above the model's {most} tokens unless VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
     if budget.context_fits(given, tokens) is False:

@@ -1,7 +1,6 @@
 """What becomes of KV blocks that nobody uses at the moment: prefix caching, offload to memory, LMCache."""
 
 import json
-from urllib.parse import urlsplit
 
 from xim_agent.planning.decision import Decision, Device, Given, PlannedFile, Source
 from xim_agent.planning.memory import GIB
@@ -197,7 +196,8 @@ def lmcache_file(given: Given, workers: int) -> PlannedFile:
     if settings.lmcache_redis_url is not None:
         url = settings.lmcache_redis_url.get_secret_value()
         entries["remote_url"] = url
-        shown["remote_url"] = f"{urlsplit(url).scheme}://{MASK}"
+        scheme, sign, _ = url.partition("://")
+        shown["remote_url"] = f"{scheme}{sign}{MASK}" if sign else MASK
         entries["remote_serde"] = shown["remote_serde"] = "naive"
     return PlannedFile(path=given.places.config / LMCACHE_FILE, content=_yaml(entries), shown=_yaml(shown))
 

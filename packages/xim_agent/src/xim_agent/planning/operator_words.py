@@ -10,7 +10,8 @@ _SHORT = {
     "--device-memory-utilization": "--gpu-memory-utilization",
 }
 """Other names of flags that a plan decides on."""
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgKMG]?)")
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)([kmgKMG]?)")
+"""No longer: nothing that vLLM counts has so many digits, and a sum with it would be no number."""
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 """vLLM's: small letters are decimal, capitals binary."""
 
