@@ -208,9 +208,33 @@ def connections(rig: Rig) -> list[HttpProtocol]:
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"\r\n\r\n"], ids=["nothing", "an empty line", "two"])
-async def test_a_connection_without_a_request_is_closed_without_a_word(impatient: None, sent: bytes) -> None:
+async def test_a_connection_without_a_request_is_closed_without_a_word(
+    impatient: None, sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     async with Rig() as rig:
         assert await say(rig, sent) == []
+    assert_nothing_failed(caplog)
+
+
+async def test_an_empty_line_before_the_first_request_is_passed_over() -> None:
+    """RFC 9112, section 2.2."""
+    async with Rig() as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.http_port)
+        await until(lambda: connections(rig))
+        (connection,) = connections(rig)
+        connection.data_received(b"\r\n")  # as it comes when the request is not sent with it
+        writer.write(HEAD + b"connection: close\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            (answered,) = answers_in(await reader.read())
+        assert answered.status == 200
+        writer.close()
+
+
+async def test_empty_lines_without_end_are_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    async with Rig() as rig:
+        (told,) = await say(rig, b"\r\n" * MAX_HEAD_BYTES)
+        assert (told.status, told.code) == (431, "headers_too_large")
+    assert_nothing_failed(caplog)
 
 
 @pytest.mark.parametrize("sent", [b"G", b"GET /healthz", HEAD, HEAD + b"x-half: "])

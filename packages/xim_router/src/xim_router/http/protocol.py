@@ -67,6 +67,8 @@ def _nothing() -> None:
 class HttpProtocol(HttpToolsProtocol):
     """One client's connection."""
 
+    url = b""
+    """Of the head that came last; uvicorn has none before the first head begins, and an empty line may come by then."""
     _arriving = False
     """Bytes are parsed right now."""
     _unstarted: tuple[RequestResponseCycle, Any] | None = None
