@@ -128,3 +128,4 @@ async def test_all_are_free_when_the_last_one_is() -> None:
     await turns()
     assert not again.done()
     again.cancel()
+    await asyncio.wait([again])

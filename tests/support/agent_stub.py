@@ -7,7 +7,7 @@ go silent, lose its link, say anything, or die.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -182,6 +182,8 @@ class AgentStub:
         self._context = zmq.asyncio.Context()
         self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._failures: list[Exception] = []
+        """What ended tasks of links that are dropped."""
         self._timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
 
@@ -198,19 +200,30 @@ class AgentStub:
         results = await asyncio.gather(*works, return_exceptions=True)
         await self.drop()
         self._context.destroy(linger=0)
-        for result in results:
-            if isinstance(result, Exception) and error is None:
-                raise result
+        self._failures += [result for result in results if isinstance(result, Exception)]
+        if self._failures and error is None:
+            raise self._failures[0]
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
     async def until(self, condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Return when `condition` holds; it is looked at after everything that happens at this agent."""
+        """Return when `condition` holds; it is looked at after everything that happens at this agent.
+
+        Raises: what ended a task of the stub or of one of its requests.
+        """
         async with asyncio.timeout(patience_s):
             while not condition():
+                for task in (*self._tasks, *(work.task for work in self.works if work.task is not None)):
+                    if task.done() and not task.cancelled():
+                        task.result()
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _start(self, work: Coroutine[object, object, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._changed.set())
+        return task
 
     async def opened(self) -> None:
         """Return when requests may come."""
@@ -233,8 +246,8 @@ class AgentStub:
             monitor = socket.get_monitor_socket(LOST_EVENTS | REFUSED_EVENTS)
             socket.connect(addresses[channel])
             self._sockets[channel] = socket
-            self._tasks.append(asyncio.create_task(self._receive(channel, socket)))
-            self._tasks.append(asyncio.create_task(self._watch(monitor)))
+            self._tasks.append(self._start(self._receive(channel, socket)))
+            self._tasks.append(self._start(self._watch(monitor)))
         self.session.connect(self.now())
         self.flush()
 
@@ -260,7 +273,8 @@ class AgentStub:
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        self._failures += [result for result in results if isinstance(result, Exception)]
         for socket in self._sockets.values():
             socket.close(linger=0)
         self._sockets.clear()
@@ -368,7 +382,7 @@ class AgentStub:
 
     def _begin(self, work: Work, body: bytes) -> None:
         work.body = body
-        work.task = asyncio.create_task(self._serve(work))
+        work.task = self._start(self._serve(work))
 
     async def _serve(self, work: Work) -> None:
         with contextlib.suppress(StreamOver):

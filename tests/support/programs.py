@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ PATIENCE_S = 60.0
 TAIL_LINES = 60
 
 T = TypeVar("T")
+Beside = Collection["asyncio.Task[Any]"]
 
 
 class NeverHappened(AssertionError):
@@ -30,13 +31,23 @@ class NeverHappened(AssertionError):
 
 
 @overload
-async def eventually(condition: Callable[[], Awaitable[T | None]], *, within_s: float = ..., what: str = ...) -> T: ...
+async def eventually(
+    condition: Callable[[], Awaitable[T | None]], *, within_s: float = ..., what: str = ..., beside: Beside = ...
+) -> T: ...
 @overload
-async def eventually(condition: Callable[[], T | None], *, within_s: float = ..., what: str = ...) -> T: ...
-async def eventually(condition: Callable[[], Any], *, within_s: float = PATIENCE_S, what: str = "") -> Any:
+async def eventually(
+    condition: Callable[[], T | None], *, within_s: float = ..., what: str = ..., beside: Beside = ...
+) -> T: ...
+async def eventually(
+    condition: Callable[[], Any], *, within_s: float = PATIENCE_S, what: str = "", beside: Beside = ()
+) -> Any:
     """The first true result of `condition`, which may be a coroutine function; asked anew every 10 ms.
 
-    Raises: NeverHappened after `within_s`; it repeats `what`.
+    Without the tasks `beside`, which are to go on meanwhile, it will not come true.
+
+    Raises:
+        NeverHappened: after `within_s`, or when one of `beside` is over; it repeats `what`.
+        Exception: what one of `beside` raised.
     """
     deadline = time.monotonic() + within_s
     while True:
@@ -45,6 +56,9 @@ async def eventually(condition: Callable[[], Any], *, within_s: float = PATIENCE
             result = await result
         if result:
             return result
+        for task in beside:
+            if task.done():
+                raise NeverHappened(f"{what or condition}: what it takes is over with {task.result()!r}")
         if time.monotonic() > deadline:
             raise NeverHappened(f"not within {within_s:g} s: {what or condition}; last seen: {result!r}")
         await asyncio.sleep(POLL_S)

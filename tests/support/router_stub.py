@@ -5,7 +5,7 @@ It decides nothing: a test submits, consumes, cancels and says Goodbye, and wait
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -127,7 +127,7 @@ class RouterStub:
         zap = self._context.socket(zmq.REP)
         zap.linger = 0
         zap.bind("inproc://zeromq.zap.01")
-        self._tasks.append(asyncio.create_task(self._admit(zap)))
+        self._start(self._admit(zap))
         for channel in Channel:
             self._bind(channel)
         return self
@@ -144,11 +144,22 @@ class RouterStub:
                 raise result
 
     async def until(self, condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Return when `condition` holds; it is looked at after every message."""
+        """Return when `condition` holds; it is looked at after every message.
+
+        Raises: what ended a task of the stub, which will hear of nothing more.
+        """
         async with asyncio.timeout(patience_s):
             while not condition():
+                for task in self._tasks:
+                    if task.done():
+                        task.result()
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(lambda _: self._changed.set())
 
     async def opened(self) -> None:
         """Return when requests may be submitted."""
@@ -259,7 +270,7 @@ class RouterStub:
             socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self._ports[channel] = socket.bind_to_random_port("tcp://127.0.0.1")
         self._sockets[channel] = socket
-        self._tasks.append(asyncio.create_task(self._receive(channel, socket)))
+        self._start(self._receive(channel, socket))
 
     async def _admit(self, zap: zmq.asyncio.Socket) -> None:
         with contextlib.closing(zap):

@@ -42,7 +42,7 @@ async def test_the_list_follows_an_agent_from_its_start_to_its_end(accounts: Acc
         async def runs() -> bool:
             return await topology.router_metric("xim_router_in_flight", agent=node.program.name) == 1
 
-        await eventually(runs, what="a request runs")
+        await eventually(runs, what="a request runs", beside=[holder])
         # The first signal drains; the request holds the drain up for as long as it takes to look.
         node.program.send(signal.SIGTERM)
         await shows(topology, node, "active", "draining")

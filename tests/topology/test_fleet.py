@@ -54,7 +54,7 @@ async def test_agents_share_the_load_and_one_request_too_many_is_turned_away_at_
             numbers = await in_flight(topology)
             return numbers if sum(numbers.values()) == number else None
 
-        spread = await eventually(assigned, what=f"{taken} requests run")
+        spread = await eventually(assigned, what=f"{taken} requests run", beside=holders)
         assert max(spread.values()) - min(spread.values()) <= 1
     # With two agents nobody waits.
     answer = await ask(topology, body(chunks=1))
@@ -115,7 +115,7 @@ async def test_when_one_agent_dies_the_other_finishes_its_requests(topology: Top
     async def shared() -> bool:
         return sorted((await in_flight(topology)).values()) == [2, 2]
 
-    await eventually(shared, what="two requests run on each agent")
+    await eventually(shared, what="two requests run on each agent", beside=tasks)
     lost = first.agent_id
     await first.program.kill()
     # Its requests wait for the lease or for its next start, which ends its old session.

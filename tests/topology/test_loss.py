@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletionChunk
 from tests.support.accounts import ENDPOINT, Accounts
 from tests.support.fake_vllm_script import expected_text
 from tests.support.ports import HOST
-from tests.support.programs import eventually
+from tests.support.programs import Beside, eventually
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.topology import Node, Topology
 from tests.topology.scripts import asking, body
@@ -49,11 +49,11 @@ async def rest(stream: AsyncStream[ChatCompletionChunk]) -> str:
     return "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
 
 
-async def metric_is(topology: Topology, name: str, number: float) -> None:
+async def metric_is(topology: Topology, name: str, number: float, beside: Beside = ()) -> None:
     async def is_so() -> bool:
         return await topology.router_metric(name) == number
 
-    await eventually(is_so, what=f"{name} is {number:g}")
+    await eventually(is_so, what=f"{name} is {number:g}", beside=beside)
 
 
 async def engine_gone(topology: Topology, node: Node) -> None:
@@ -68,9 +68,9 @@ async def test_a_killed_agent_leaves_no_engine_and_what_had_not_begun_is_answere
     committed, _ = await begun(topology, chunks=4000, interval_ms=10)
     # Without a stream nothing is given to the client before the end: 4 s of work that will be done twice.
     uncommitted = asyncio.create_task(ask(topology, body(chunks=4, text_chars=50, interval_ms=1000, seed=1)))
-    await metric_is(topology, "xim_router_in_flight", 2)
+    await metric_is(topology, "xim_router_in_flight", 2, beside=[uncommitted])
     parked = asyncio.create_task(ask(topology, body(chunks=4, text_chars=50, interval_ms=0, seed=2)))
-    await metric_is(topology, "xim_router_queue_depth", 1)
+    await metric_is(topology, "xim_router_queue_depth", 1, beside=[uncommitted, parked])
 
     await node.program.kill()
     await engine_gone(topology, node)
@@ -110,11 +110,11 @@ async def test_a_router_that_was_killed_is_found_again_by_its_agent(topology: To
     await engine_runs(topology, node, 0)
 
 
-async def engine_runs(topology: Topology, node: Node, number: int) -> None:
+async def engine_runs(topology: Topology, node: Node, number: int, beside: Beside = ()) -> None:
     async def is_so() -> bool:
         return await topology.engine_metric(node, "vllm:num_requests_running") == number
 
-    await eventually(is_so, what=f"the engine runs {number} request(s)")
+    await eventually(is_so, what=f"the engine runs {number} request(s)", beside=beside)
 
 
 @pytest.mark.parametrize("streaming_socket", ["1", "0"])
@@ -153,7 +153,7 @@ async def test_an_engine_that_dies_is_started_again_and_clients_are_told_what_ha
     node = await topology.start_node(MAX_CONCURRENT="4")
     committed, _ = await begun(topology, chunks=4000, interval_ms=10)
     uncommitted = asyncio.create_task(ask(topology, body(chunks=3, text_chars=50, interval_ms=1000, seed=6)))
-    await engine_runs(topology, node, 2)
+    await engine_runs(topology, node, 2, beside=[uncommitted])
     engine = next(p for p in topology.engine_processes(node) if "guard.py" not in " ".join(p.cmdline()))
     engine.send_signal(signal.SIGKILL)
     with pytest.raises(openai.APIError) as broken:
@@ -176,7 +176,7 @@ async def test_an_agent_that_is_asked_to_stop_finishes_what_it_has_and_takes_not
     node.program.send(signal.SIGTERM)
     await eventually(lambda: node.program.lines("draining"), what="the agent drains")
     late = asyncio.create_task(ask(topology, body(chunks=2, text_chars=20, interval_ms=0, seed=8)))
-    await metric_is(topology, "xim_router_queue_depth", 1)
+    await metric_is(topology, "xim_router_queue_depth", 1, beside=[late])
     text += await rest(stream)
     assert text == expected_text(7, 2000)
     assert await node.program.ended() == 0
@@ -206,7 +206,7 @@ async def test_an_agent_that_stands_still_longer_than_its_lease_loses_it_and_com
     assert lost.value.code == "agent_lost"
     assert topology.router.lines("lease expired")
     parked = asyncio.create_task(ask(topology, body(chunks=2, text_chars=20, interval_ms=0, seed=10)))
-    await metric_is(topology, "xim_router_queue_depth", 1)
+    await metric_is(topology, "xim_router_queue_depth", 1, beside=[parked])
     node.program.send(signal.SIGCONT)
     assert (await parked).json()["choices"][0]["message"]["content"] == expected_text(10, 40)
     await engine_runs(topology, node, 0)

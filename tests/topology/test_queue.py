@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import httpx2
 import openai
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support.accounts import Accounts, command
-from tests.support.programs import clean_environment, eventually
+from tests.support.programs import Beside, clean_environment, eventually
 from tests.support.topology import Topology
 from tests.topology.scripts import body
 from xim_router.dispatch.dispatcher import QUEUE_PLACES
@@ -32,8 +33,10 @@ async def topology(accounts: Accounts) -> AsyncIterator[Topology]:
 @asynccontextmanager
 async def the_place_taken(topology: Topology) -> AsyncIterator[None]:
     """The only place is held until the block ends."""
+    # Of a client that left just now, the agent may still have to say that its place is free.
+    await eventually(partial(runs, topology, 0), what="the place is free")
     holder = asyncio.create_task(ask(topology, body(hang=True)))
-    await eventually(lambda: holds(topology), what="the holder runs")
+    await eventually(partial(runs, topology, 1), what="the holder runs", beside=[holder])
     try:
         yield
     finally:
@@ -41,8 +44,8 @@ async def the_place_taken(topology: Topology) -> AsyncIterator[None]:
         await asyncio.gather(holder, return_exceptions=True)
 
 
-async def holds(topology: Topology) -> bool:
-    return await topology.router_metric("xim_router_in_flight") == 1
+async def runs(topology: Topology, number: int) -> bool:
+    return await topology.router_metric("xim_router_in_flight") == number
 
 
 async def ask(topology: Topology, sent: dict[str, object]) -> httpx2.Response:
@@ -51,13 +54,13 @@ async def ask(topology: Topology, sent: dict[str, object]) -> httpx2.Response:
         return await client.post(CHAT, headers=topology.headers(), json=sent)
 
 
-async def parked(topology: Topology, number: int) -> None:
-    """Return when so many requests wait."""
+async def parked(topology: Topology, number: int, beside: Beside = ()) -> None:
+    """Return when so many requests wait; none of `beside` is answered before."""
 
     async def depth() -> bool:
         return await topology.router_metric("xim_router_queue_depth") == number
 
-    await eventually(depth, what=f"{number} request(s) wait")
+    await eventually(depth, what=f"{number} request(s) wait", beside=beside)
 
 
 async def line_up(topology: Topology, number: int, *, already: int = 0) -> "list[asyncio.Task[httpx2.Response]]":
@@ -65,7 +68,7 @@ async def line_up(topology: Topology, number: int, *, already: int = 0) -> "list
     tasks = []
     for place in range(number):
         tasks.append(asyncio.create_task(ask(topology, QUICK)))
-        await parked(topology, already + place + 1)
+        await parked(topology, already + place + 1, beside=tasks)
     return tasks
 
 
@@ -155,6 +158,6 @@ async def test_an_identity_that_never_connected_takes_no_part_in_who_is_waited_f
         node = await topology.start_node()
         assert await node.program.terminate() == 0
         waiting = asyncio.create_task(ask(topology, QUICK))
-        await parked(topology, 1)
+        await parked(topology, 1, beside=[waiting])
         await topology.restart_node(node)
         assert (await waiting).status_code == 200

@@ -109,6 +109,10 @@ async def agent(
         task = asyncio.create_task(connection.run())
         try:
             yield Agent(connection, told, task)
+        except BaseException as error:
+            if task.done() and not task.cancelled():
+                error.add_note(f"the connection has ended: {task.exception()!r}")
+            raise
         finally:
             task.cancel()
             await asyncio.wait({task})

@@ -73,6 +73,7 @@ async def test_the_running_plane_polls_by_itself(under_test: PlaneUnderTest, ano
         while not under_test.catalog.endpoints:
             await asyncio.wait([running], timeout=0.05)
     running.cancel()
+    await asyncio.wait([running])
     assert [each.task_mode for each in under_test.catalog.endpoints.values()] == [TaskMode.EMBED]
 
 
@@ -175,7 +176,7 @@ async def test_an_endpoint_is_deleted_while_an_agent_enrolls_for_it(
     async with Store(database).record() as enrolling:
         await enrolling.add(newcomer)
         deleting = asyncio.create_task(under_test.plane.accounts.delete_endpoint("demo", "tiny"))
-        await eventually(lambda: waits(database))
+        await eventually(lambda: waits(database), what="one waits for the other", beside=[deleting])
     await deleting
     assert [each.agent.endpoint_id for each in await under_test.plane.accounts.agents("demo")] == [None, None]
     await database.close()
@@ -192,7 +193,7 @@ async def test_an_agent_that_enrolls_while_its_endpoint_is_deleted_is_free(
         (endpoint,) = await deleting.endpoints()
         await deleting.delete_endpoint(endpoint.id, START)
         enrolling = asyncio.create_task(under_test.enroll(Node().request(key)))
-        await eventually(lambda: waits(database))
+        await eventually(lambda: waits(database), what="one waits for the other", beside=[enrolling])
     assert (await enrolling).assignment is None
     (standing,) = await under_test.plane.accounts.agents("demo")
     assert standing.endpoint_slug is None
@@ -217,7 +218,7 @@ async def test_two_routers_that_saw_the_same_agents_do_not_wait_for_each_other(
         for each in reports:
             under_test.plane.report_seen(each)
         writing = asyncio.create_task(under_test.plane.write_seen())
-        await eventually(lambda: waits(database))
+        await eventually(lambda: waits(database), what="one waits for the other", beside=[writing])
         await another.execute(locking, {"id": second})
     await writing
     assert {each.agent.last_seen_at for each in await under_test.plane.accounts.agents("demo")} == {START}
