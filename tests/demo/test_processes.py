@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from demo.processes import Child, DemoFailed, Signals, StopRequested
-from tests.support.programs import PATIENCE_S
+from tests.support.programs import PATIENCE_S, alive
 
 # Says when it is ready, and starts a program below itself in a session of its own, as the agent does with the engine.
 PARENT = """
@@ -25,27 +25,27 @@ time.sleep(600)
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
-def started(tmp_path: Path, before: str = "") -> tuple[Child, int]:
-    """A running child and the number of the process below it."""
+def started(tmp_path: Path, before: str = "") -> tuple[Child, psutil.Process]:
+    """A running child and the process below it."""
     child = Child("parent", [sys.executable, "-c", PARENT.format(before=before)], os.environ, tmp_path / "log")
     deadline = time.monotonic() + PATIENCE_S
     while not (text := (tmp_path / "log").read_text()).endswith("\n"):
         child.require_alive()
         assert time.monotonic() < deadline
-    return child, int(text)
+    return child, psutil.Process(int(text))
 
 
 def test_a_stopped_child_leaves_nothing_below_it(tmp_path: Path) -> None:
     child, grandchild = started(tmp_path)
     # The grandchild does not hear of the end of its parent and would live on: after the wait it is killed.
     child.stop(grace_s=20.0, hurried=threading.Event())
-    assert not psutil.pid_exists(grandchild)
+    assert not alive([grandchild])
 
 
 def test_a_child_that_does_not_listen_is_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     child, grandchild = started(tmp_path, DEAF)
     child.stop(grace_s=0.3, hurried=threading.Event())
-    assert not psutil.pid_exists(grandchild)
+    assert not alive([grandchild])
     assert "did not end in time" in capsys.readouterr().err
 
 
@@ -56,7 +56,7 @@ def test_a_second_signal_cuts_the_wait_short(tmp_path: Path) -> None:
     before = time.monotonic()
     child.stop(grace_s=60.0, hurried=hurried)
     assert time.monotonic() - before < 30.0
-    assert not psutil.pid_exists(grandchild)
+    assert not alive([grandchild])
 
 
 def test_an_ended_child_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ async def every_phase(topology: Topology) -> dict[str, Client]:
         "near the end": await load.open(chunks=20, text_chars=CHARS, interval_ms=20, hang_after=19, seed=2),
         "before the first byte": await load.open(chunks=4, text_chars=CHARS, first_ms=4000, interval_ms=10, seed=3),
         "whole, before its end": await load.open(stream=False, chunks=20, text_chars=CHARS, interval_ms=200, seed=4),
-        "over the buffer": await load.open(COMPLETIONS, stream=False, chunks=2000, text_chars=CHARS, interval_ms=1),
+        "over the buffer": await load.open(COMPLETIONS, stream=False, chunks=2000, text_chars=CHARS, interval_ms=2),
     }
     await asyncio.gather(clients["mid-stream"].begun, clients["near the end"].begun)
     await metric_is(topology, "xim_router_in_flight", len(clients))

@@ -43,6 +43,8 @@ class ChaosProxy:
         self.source = source or random.Random(0)
         self.connections = 0
         """How many were accepted so far."""
+        self.passed_bytes = 0
+        """What the far ends were given so far, in both directions together."""
         self.addresses: list[str] = []
         """Where the target saw each of them come from."""
         self.change_address = False
@@ -176,6 +178,7 @@ class _Way:
         while self._pieces and self._pieces[0][0] <= now:
             _, piece = self._pieces.popleft()
             self._behind -= len(piece)
+            self._proxy.passed_bytes += len(piece)
             self.sink.write(piece)
         if self._behind <= BEHIND_BYTES // 2 and self.source is not None and not self.source.is_closing():
             self.source.resume_reading()

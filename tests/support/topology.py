@@ -85,7 +85,9 @@ class Topology:
         )
         self.router = self.program("router", "xerotier-router", "serve", environment=self.router_environment)
         self.nodes: list[Node] = []
-        self.http = httpx2.AsyncClient(base_url=self.url, timeout=60.0, trust_env=False)
+        # The router's metrics close a connection that was idle for five seconds: one that is used again is far from it.
+        limits = httpx2.Limits(keepalive_expiry=1.0)
+        self.http = httpx2.AsyncClient(base_url=self.url, timeout=60.0, trust_env=False, limits=limits)
         self._clients: list[AsyncOpenAI] = []
 
     @property
