@@ -52,6 +52,9 @@ def test_a_plan_says_what_is_tuned_and_why_not() -> None:
     assert shape_for(planned("h200", "llama-3.1-8b")) == NotTuned("a dense model has no experts")
     off = shape_for(planned("h100-x8", "qwen3-30b-a3b", MOE_CONFIG_ENABLED="0"))
     assert off == NotTuned("switched off by XEROTIER_AGENT_MOE_CONFIG_ENABLED")
+    shared = shape_for(planned("h100-x8", "qwen3-30b-a3b", VLLM_ARGS="-dp 8 --enable-expert-parallel"))
+    assert isinstance(shared, NotTuned)
+    assert "shared out whole" in shared.reason
     cpu = shape_for(planned("epyc-9454-96gb", "qwen3-30b-a3b"))
     assert isinstance(cpu, NotTuned)
     assert "CPU" in cpu.reason

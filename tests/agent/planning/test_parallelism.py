@@ -11,6 +11,7 @@ from xim_agent.planning.decision import Decision, Device, Source
 from xim_agent.planning.parallelism import size_of
 
 OPTION = "tensor parallel size"
+GIB = 1024**3
 
 
 def chosen(*names: str, **values: Any) -> Decision:
@@ -101,3 +102,62 @@ def test_gpus_of_two_vendors_are_not_counted_together() -> None:
 
 def first(hardware: HardwareFacts, count: int) -> HardwareFacts:
     return replace(hardware, gpus=hardware.gpus[:count])
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        ("--pipeline-parallel-size 2", "4"),
+        ("-pp 4", "2"),
+        ("--data-parallel-size=8", "1"),
+        ("-pp 2 -dp 2", "2"),
+        ("-dp 16 --data-parallel-size-local 1", "8"),
+        ("-pp 16", "1"),
+        ("-pp many", "8"),
+    ],
+)
+def test_stages_and_copies_of_the_model_have_gpus_of_their_own(args: str, size: str) -> None:
+    found = chosen("h100-x8", "llama-3.1-8b", VLLM_ARGS=args)
+    assert (found.value, words(found)) == (size, f"--tensor-parallel-size {size}")
+
+
+def test_what_the_operators_numbers_need_together_is_judged() -> None:
+    reason = "8 GPUs visible, 4 for each of 2 stages and copies of the model in VLLM_ARGS"
+    assert chosen("h100-x8", "llama-3.1-8b", VLLM_ARGS="-pp 2").reason == reason
+    beyond = chosen("h100-x8", "llama-3.1-8b", VLLM_ARGS="-pp 2 -tp 8").warning
+    assert beyond == "vLLM will refuse it: the engine sees 8 of the 16 GPUs."
+    assert not chosen("h100-x8", "llama-3.1-8b", VLLM_ARGS="-pp 2 -tp 4").warning
+
+
+def test_a_stage_holds_its_part_of_the_weights_and_of_the_kv_cache() -> None:
+    """A model that two GPUs hold only as two stages: its heads cannot be divided."""
+    odd = replace(model("llama-3.1-70b-fp8"), attention_heads=63, kv_heads=7)
+    two = first(machine("h100-x8"), 2)
+    small = replace(two, gpus=tuple(replace(gpu, memory_bytes=64 * GIB) for gpu in two.gpus))
+    assert decision(planned(small, odd), "memory").value == "too large"
+    staged = planned(small, odd, VLLM_ARGS="--pipeline-parallel-size 2")
+    assert not staged.problems
+    assert decision(staged, "memory").value == "fits"
+    whole, half = planned(two, odd).budget, staged.budget
+    assert whole.estimate is not None
+    assert half.estimate is not None
+    assert staged.estimate is not None
+    assert half.estimate.weights_bytes == whole.estimate.weights_bytes // 2
+    assert staged.estimate.with_margin_bytes <= 64 * GIB * half.utilization
+    assert half.kv_bytes is not None
+    needed = staged.max_concurrent * half.sequence_bytes(staged.given, staged.typical_tokens)
+    assert staged.estimate.kv_cache_bytes == min(needed, half.kv_bytes) // 2
+
+
+def test_experts_that_copies_share_out_are_vllms_to_judge() -> None:
+    h200s = replace(machine("h200"), gpus=machine("h200").gpus * 8)
+    spread = "--data-parallel-size 8 --enable-expert-parallel"
+    assert not planned(h200s, "deepseek-v3", VLLM_ARGS=spread).problems
+    assert planned(h200s, "deepseek-v3", VLLM_ARGS="--data-parallel-size 8").problems
+    dense = planned(h200s, replace(model("deepseek-v3"), moe=None), VLLM_ARGS=spread)
+    assert dense.problems
+
+
+def test_on_a_cpu_stages_have_one_memory() -> None:
+    plain, staged = planned("two-core-24gb"), planned("two-core-24gb", VLLM_ARGS="-pp 2")
+    assert plain.budget == staged.budget

@@ -45,6 +45,8 @@ def shape_for(plan: EnginePlan) -> MoeShape | NotTuned:
         return NotTuned("switched off by XEROTIER_AGENT_MOE_CONFIG_ENABLED")
     if given.model.moe is not None and given.device is Device.CPU:
         return NotTuned("the engine computes on a CPU; the kernels are a GPU's")
+    if given.words.has("--enable-expert-parallel"):
+        return NotTuned("experts are shared out whole among the GPUs; the search is for their parts")
     method = next((each.value for each in plan.decisions if each.option == QUANTIZATION), "none")
     return shape_of(
         given.model,

@@ -1,6 +1,7 @@
 """How much memory the engine has, what the model takes of it, and what that leaves for the KV cache."""
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 from xim_agent.planning import memory
 from xim_agent.planning.decision import Device, Given
@@ -40,11 +41,13 @@ class Budget:
     device_bytes: int | None
     utilization: float
     kv_bytes: int | None
-    """What is left for the KV cache; `None` where one of the above is not known."""
+    """What is left for the KV cache, over all stages; `None` where one of the above is not known."""
     kv_dtype_bytes: int
     tensor_parallel_size: int
     guessed_tokens: int = 0
     """By speculative decoding in one step; each has a state of its own in linear attention layers."""
+    stages: int = 1
+    """Of a pipeline: a device has so large a part of the weights and of every sequence's KV cache."""
 
     def context_fits(self, given: Given, tokens: int) -> bool | None:
         """Whether one sequence of `tokens` fits, the way vLLM checks it at a start; `None` where it is not known."""
@@ -95,8 +98,9 @@ class Budget:
         )
 
     def with_kv(self, kv_cache_bytes: int) -> Estimate | None:
-        """The estimate with so much KV cache."""
-        return None if self.estimate is None else replace(self.estimate, kv_cache_bytes=kv_cache_bytes)
+        """The estimate with so much KV cache over all stages."""
+        part = ceil(kv_cache_bytes / self.stages)
+        return None if self.estimate is None else replace(self.estimate, kv_cache_bytes=part)
 
 
 def budget_of(
@@ -107,19 +111,25 @@ def budget_of(
     tensor_parallel_size: int,
     utilization: float,
     guessed_tokens: int = 0,
+    stages: int = 1,
 ) -> Budget:
     """The budget under these decisions; `utilization` counts on GPUs only."""
     weights = loaded_bytes(given, quantization=quantization, dtype=dtype)
     needed = None
     if weights is not None:
-        needed = memory.estimate(weights_bytes=weights, tensor_parallel_size=tensor_parallel_size)
+        needed = memory.estimate(weights_bytes=ceil(weights / stages), tensor_parallel_size=tensor_parallel_size)
         if given.device is Device.CPU:
             needed = replace(needed, overhead_bytes=0)
     on_cpu = given.device is Device.CPU
-    device = cpu_memory_bytes(given, tensor_parallel_size) if on_cpu else gpu_memory_bytes(given, tensor_parallel_size)
+    device = (
+        cpu_memory_bytes(given, tensor_parallel_size)
+        if on_cpu
+        else gpu_memory_bytes(given, tensor_parallel_size * stages)
+    )
     kv_bytes = None
     if needed is not None and device is not None:
         kv_bytes = _left_on_cpu(device, needed) if on_cpu else memory.kv_budget_bytes(device, utilization, needed)
+        kv_bytes *= stages
     return Budget(
         estimate=needed,
         device_bytes=device,
@@ -128,6 +138,7 @@ def budget_of(
         kv_dtype_bytes=kv_dtype_bytes(given, dtype),
         tensor_parallel_size=tensor_parallel_size,
         guessed_tokens=guessed_tokens,
+        stages=stages,
     )
 
 

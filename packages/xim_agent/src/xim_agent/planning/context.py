@@ -4,6 +4,7 @@ from xim_agent.planning.budget import TYPICAL_TOKENS, Budget, shortest_context
 from xim_agent.planning.decision import Decision, Device, Given, Source, said
 from xim_agent.planning.memory import GIB
 from xim_agent.planning.operator_words import number_of
+from xim_agent.planning.parallelism import shares_experts
 from xim_agent.settings import MOST_CONCURRENT
 
 GRAPHS = "vLLM's own"
@@ -56,9 +57,9 @@ def judge_room(given: Given, budget: Budget) -> Decision:
         return Decision(option=name, value="fits", source=Source.AUTOMATIC, reason=reason)
     levers = "Use a smaller model, or one that is quantised"
     levers += ", or a machine with more memory." if on_cpu else ", more GPUs, or lower what else runs on them."
-    # With weights in the host's memory the estimate does not hold.
+    # With weights in the host's memory, or experts shared out among copies of the model, the estimate does not hold.
     offloaded = given.words.has("--cpu-offload-gb") or given.words.has("--offload-backend")
-    if weights > usable and not offloaded:
+    if weights > usable and not offloaded and not shares_experts(given):
         problem = f"The weights alone are larger than the memory: {reason}. {levers}"
         return Decision(option=name, value="too large", source=Source.AUTOMATIC, reason=reason, problem=problem)
     warning = f"By the estimate the model leaves no room for {shortest_context(given)} tokens: {reason}. {levers}"

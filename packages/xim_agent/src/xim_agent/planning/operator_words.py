@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 _SHORT = {
     "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-dpl": "--data-parallel-size-local",
+    "-ep": "--enable-expert-parallel",
     "-q": "--quantization",
     "-sc": "--speculative-config",
     "--device-memory-utilization": "--gpu-memory-utilization",

@@ -13,7 +13,8 @@ def choose_tensor_parallel_size(given: Given) -> Decision:
     `value` is a whole number, but for one in VLLM_ARGS that vLLM will refuse.
     """
     own = said(given, FLAG, "tensor_parallel_size")
-    visible = len(given.gpus)
+    groups = stages_of(given) * copies_of(given)
+    visible = len(given.gpus) // groups
     if own is not None:
         size = number_of(own.value) or 1
         return Decision(
@@ -22,7 +23,7 @@ def choose_tensor_parallel_size(given: Given) -> Decision:
             source=Source.OPERATOR,
             reason=own.reason,
             arguments=own.arguments,
-            warning=_beyond(size, visible) or _undivided(given, size),
+            warning=_beyond(size * groups, len(given.gpus)) or _undivided(given, size),
         )
     settings = given.settings
     if given.device is Device.CPU:
@@ -32,12 +33,36 @@ def choose_tensor_parallel_size(given: Given) -> Decision:
         return _passed(1, Source.DEFAULT, f"XEROTIER_AGENT_{switch} is off, and no number is set")
     if any(gpu.mig for gpu in given.gpus):
         return _passed(1, Source.HARDWARE, "a MIG slice shares no model: CUDA shows a process one slice")
-    sizes = [2**power for power in range(visible.bit_length())]
+    sizes = [2**power for power in range(max(visible, 1).bit_length())]
     size = max(size for size in sizes if not _undivided(given, size))
-    reason = f"{visible} GPU{'s' if visible > 1 else ''} visible"
+    reason = f"{len(given.gpus)} GPU{'s' if len(given.gpus) > 1 else ''} visible"
+    if groups > 1:
+        reason += f", {visible} for each of {groups} stages and copies of the model in VLLM_ARGS"
     if size < visible:
         reason += f"; the largest power of two that divides {_heads(given)}" if visible > 1 else ""
     return _passed(size, Source.AUTOMATIC, reason)
+
+
+def stages_of(given: Given) -> int:
+    """Stages that the model's layers are divided into, each on GPUs of its own: VLLM_ARGS alone say so."""
+    return _counted(given, "--pipeline-parallel-size")
+
+
+def copies_of(given: Given) -> int:
+    """Copies of the model on this machine, each on GPUs of its own: VLLM_ARGS alone say so."""
+    local = "--data-parallel-size-local"
+    return _counted(given, local if given.words.has(local) else "--data-parallel-size")
+
+
+def shares_experts(given: Given) -> bool:
+    """Whether the copies of a mixture of experts share its experts out among them, which no estimate here counts."""
+    copied = _counted(given, "--data-parallel-size") > 1
+    return copied and given.model.moe is not None and given.words.has("--enable-expert-parallel")
+
+
+def _counted(given: Given, flag: str) -> int:
+    """The operator's number; on a CPU all ranks have one memory, and are counted as one."""
+    return 1 if given.device is Device.CPU else number_of(given.words.value(flag) or "") or 1
 
 
 def size_of(decision: Decision) -> int:

@@ -75,7 +75,7 @@ def plan_engine(given: Given) -> EnginePlan:
         raise SocketPathTooLong(given.places.socket_path)
     dtype = accelerator.choose_dtype(given)
     spread = parallelism.choose_tensor_parallel_size(given)
-    size = parallelism.size_of(spread)
+    size, stages = parallelism.size_of(spread), parallelism.stages_of(given)
     share = context.choose_utilization(given)
     speculative = speculation.choose_speculation(given)
 
@@ -87,6 +87,7 @@ def plan_engine(given: Given) -> EnginePlan:
             tensor_parallel_size=size,
             utilization=context.utilization_of(given, share),
             guessed_tokens=speculation.tokens_of(speculative),
+            stages=stages,
         )
 
     quantized = quantization.choose_quantization(given, budget_for)
@@ -113,7 +114,7 @@ def plan_engine(given: Given) -> EnginePlan:
         speculative,
         moe.choose_moe_configs(given),
         kv_cache.choose_prefix_caching(given),
-        kv_cache.choose_kv_offload(given, size),
+        kv_cache.choose_kv_offload(given, size * stages * parallelism.copies_of(given)),
         *cpu.choose_cpu_tuning(given, budget, length, concurrency),
         accelerator.choose_short_prompts(given),
         *_house(given),
