@@ -10,6 +10,7 @@ from xim_agent.planning.budget import TYPICAL_TOKENS, Budget, budget_of
 from xim_agent.planning.decision import Decision, Device, Given, PlannedFile, Source
 from xim_agent.planning.memory import Estimate
 from xim_agent.planning.operator_words import number_of
+from xim_agent.planning.reach import choose_reach
 
 SOCKET_PATH_BYTES = 107
 """A Unix socket's path has room for so many bytes on Linux (104 - 1 on macOS are enough for the default)."""
@@ -117,6 +118,7 @@ def plan_engine(given: Given) -> EnginePlan:
         kv_cache.choose_kv_offload(given, size * stages * parallelism.copies_of(given)),
         *cpu.choose_cpu_tuning(given, budget, length, concurrency),
         accelerator.choose_short_prompts(given),
+        choose_reach(given),
         *_house(given),
     ]
     concurrent = int(concurrency.value)
