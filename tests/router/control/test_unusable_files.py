@@ -32,6 +32,13 @@ def test_a_directory_that_is_not_there_is_made_and_not_changed(tmp_path: Path) -
     assert str(tmp_path / "new") in remedy
 
 
+def test_the_owner_is_the_programs_user_whoever_reads_it(tmp_path: Path) -> None:
+    user, group = os.geteuid(), os.getegid()
+    remedies = {name: refused(tmp_path / name, errno.EACCES).remedy for name in ("", "a new one")}
+    assert f"sudo chown -R {user}:{group} {tmp_path}" in remedies[""]
+    assert f"sudo install -d -m 0700 -o {user} -g {group} '{tmp_path}/a new one'" in remedies["a new one"]
+
+
 @pytest.mark.parametrize("inside", ["", "state"])
 def test_a_data_directory_that_is_a_file_is_told_so(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").touch()

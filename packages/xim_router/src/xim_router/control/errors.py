@@ -1,6 +1,8 @@
 """What can go wrong in the control plane that an operator can act on; each says what to do."""
 
 import errno
+import os
+import shlex
 from pathlib import Path
 
 
@@ -101,10 +103,10 @@ def unusable(path: Path, error: OSError, variable: str = _DATA_DIR) -> KeyFileUn
     remedy = f"Set {variable} to a directory that this user can make or write."
     # Another owner mends nothing else, and does harm where a system's file or directory is named.
     if error.errno in (errno.EACCES, errno.EPERM):
-        owner = '-o "$(id -u)" -g "$(id -g)"'
-        mended = (
-            f'sudo chown -R "$(id -u):$(id -g)" {path}' if path.is_dir() else f"sudo install -d -m 0700 {owner} {path}"
-        )
+        # Numbers: whoever reads it in a service's log is another user than the service's.
+        user, group, place = os.geteuid(), os.getegid(), shlex.quote(str(path))
+        make = f"sudo install -d -m 0700 -o {user} -g {group} {place}"
+        mended = f"sudo chown -R {user}:{group} {place}" if path.is_dir() else make
         remedy = f"Set {variable} to a directory of this user, or, if this one is the router's own: {mended}"
     elif error.errno in (errno.EEXIST, errno.ENOTDIR):
         remedy = f"It must be a directory, and a file stands in its place: set {variable} to another."
