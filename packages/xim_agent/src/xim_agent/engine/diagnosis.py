@@ -182,8 +182,7 @@ _SIGNS: tuple[_Sign, ...] = (
         Trouble.NOT_PERMITTED,
         r"(?:PermissionError: \[Errno 13\] Permission denied|OSError: \[Errno 30\] Read-only file system): ('[^']*')",
         "the engine may not use a file",
-        "Give it to the user that runs the agent: sudo chown -R {owner} <directory>; in our images that is "
-        "5152:5152, on the host `sudo chown -R 5152:5152 /data/xerotier`",
+        "Give it to the user that runs the agent: sudo chown -R {owner} <directory>",
     ),
 )
 """Most telling first: a full disk breaks weights, and an ended worker breaks whoever waits for it."""
