@@ -204,3 +204,18 @@ def test_however_a_body_is_broken_no_foreign_salt_gets_through(body: bytes, data
 def test_names_and_values_that_unicode_forbids_stay(odd: str) -> None:
     seen = json.loads(prepared(json.dumps({odd: odd}).encode()).body)
     assert seen[odd] == odd
+
+
+@pytest.mark.parametrize("field", ['"stream": %s', '"stream": 1, "stream_options": {"a": %s}', '"cache_salt": %s'])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_nesting_at_any_depth_is_taken_or_refused(field: str, opening: str, closing: str) -> None:
+    """What one reader still takes may be too deep for the next: by how much depends on the caller's own depth."""
+    refused: dict[int, str] = {}
+    for depth in range(1, 1100):
+        body = "{" + field % (opening * depth + "1" + closing * depth) + "}"
+        try:
+            prepared(body.encode())
+        except BodyInvalid as error:
+            refused[depth] = error.detail
+    assert set(refused.values()) <= {"the body is nested too deeply"}
+    assert list(refused) == list(range(min(refused, default=1100), 1100))

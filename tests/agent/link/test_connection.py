@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 
 from tests.agent.link.links import Agent, agent, config, curve_keys
-from tests.support.programs import PATIENCE_S
+from tests.support.programs import PATIENCE_S, eventually
 from tests.support.router_stub import RouterStub
 from tests.support.tcp_proxy import TcpProxy
+from xim_agent.link import connection as connection_module
 from xim_agent.link.ends import LinkStopped
 from xim_agent.link.sockets import CurveKeys
 from xim_agent.link.writer import StreamGone
 from xim_protocol.events import (
+    AgentEvent,
     AgentReported,
     BodyReceived,
     GoodbyeReceived,
@@ -326,6 +328,43 @@ async def test_nonsense_from_the_router_ends_the_link_and_nothing_else() -> None
         await router.say(Channel.CONTROL, [b"\xc1 no message"])
         await router.until(lambda: len(router.of_type(GoodbyeReceived)) == 1)
         await node.told.of_type(LinkReady, 2)
+
+
+async def test_a_fault_of_ours_at_a_deadline_is_an_error_of_the_link_as_one_in_a_message_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was the event loop's alone to log; no timer was left, so the lease was neither renewed nor ever over."""
+
+    def faulty(now: float) -> list[AgentEvent]:
+        raise ZeroDivisionError("a fault of ours")
+
+    async with RouterStub() as router, agent(router, settings=config(lease_s=0.6)) as node:
+        await node.linked()
+        monkeypatch.setattr(node.connection.session, "handle_timeout", faulty)
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.shield(node.task)
+
+
+async def test_a_fault_between_two_links_is_told_and_the_timer_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection_module, "LOOK_S", 0.01)
+    faults = []
+
+    def faulty() -> float:
+        faults.append(1)
+        raise ZeroDivisionError("a fault of ours")
+
+    none = "tcp://no host:5555"
+    async with RouterStub() as router, agent(replace(router.address, control_addr=none)) as node:
+        await _logged(caplog, "control_port_unreachable")
+        monkeypatch.setattr(node.writer, "flush_pending", faulty)
+        monkeypatch.setattr(node.connection.session, "next_deadline", lambda: 0.0)
+        monkeypatch.setattr(node.connection.session, "handle_timeout", lambda now: [])
+        node.connection._timed_out()
+        await eventually(lambda: len(faults) > 2, what="the timer goes on")
+        assert "a fault between two links" in caplog.messages
 
 
 async def test_closing_says_goodbye_and_returns() -> None:

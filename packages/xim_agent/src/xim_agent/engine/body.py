@@ -69,7 +69,13 @@ def prepare_body(body: bytes, *, route: Route, model: str, salt: Callable[[str |
     Raises:
         BodyInvalid: `body` is not a JSON object.
     """
-    fields = _parse(body)
+    try:
+        return _prepared(_parse(body), route=route, model=model, salt=salt)
+    except RecursionError as error:  # each of the readers and the writer has a limit of its own
+        raise BodyInvalid("the body is nested too deeply") from error
+
+
+def _prepared(fields: Fields, *, route: Route, model: str, salt: Callable[[str | None], str]) -> PreparedBody:
     sent_fields = len(fields)
     fields["model"] = _quoted(model)
     if route.cache_salt:
@@ -91,8 +97,6 @@ def _parse(body: bytes) -> Fields:
         return {**_decode(body)}
     except ValueError:
         return _parse_odd(body)
-    except RecursionError as error:
-        raise BodyInvalid("the body is nested too deeply") from error
 
 
 def _parse_odd(body: bytes) -> Fields:
@@ -103,8 +107,6 @@ def _parse_odd(body: bytes) -> Fields:
             return {name: _json(value) for name, value in fields.items()}
     except ValueError as error:  # malformed, wrongly encoded, or a number of thousands of digits
         raise BodyInvalid("the body is not valid JSON") from error
-    except RecursionError as error:
-        raise BodyInvalid("the body is nested too deeply") from error
     raise BodyInvalid("the body is not a JSON object")
 
 

@@ -242,8 +242,14 @@ class Connection:
             self.flush()
             self._end_link(LinkEnd(cause=LinkCause.PROTOCOL_ERROR, channel=channel, detail=str(error)))
         except Exception as error:
-            # A callback of the loop has no task to fail: `run` is the one whose error this is.
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """A callback of the loop has no task to fail: `run` is the one whose error this is."""
+        if self._end is not None and not self._end.done():
             self._end.set_exception(error)
+        else:
+            log.error("a fault between two links", extra={"router": self.name}, exc_info=error)
 
     def _take(self, channel: Channel, frames: list[bytes]) -> None:
         lease_until = self.session.lease.deadline
@@ -324,10 +330,15 @@ class Connection:
     def _timed_out(self) -> None:
         self._timer = None
         deadline, now = self.session.next_deadline(), self._clock()
-        if deadline is not None and now >= deadline:
-            self._tell(self.session.handle_timeout(now))
-            self.writer.flush_pending()
-        self._rearm()
+        try:
+            if deadline is not None and now >= deadline:
+                self._tell(self.session.handle_timeout(now))
+                self.writer.flush_pending()
+            self._rearm()
+        except Exception as error:
+            self._fail(error)
+            # Not at once: the deadline may be as it was.
+            self._timer_at, self._timer = now + LOOK_S, self._loop.call_later(LOOK_S, self._timed_out)
 
     # --- Without flow control --------------------------------------------------------------------------------------
 
