@@ -139,25 +139,32 @@ def events(body: str) -> list[dict[str, Any]]:
 
 
 def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A stream with the texts and logprobs of each choice put together.
+    """A stream with what each choice was given put together.
 
     How many tokens share an event is a matter of timing and differs from run to run of one and the same engine.
     """
-    whole: dict[str, Any] = {"heads": [], "choices": {}, "ends": []}
+    whole: dict[str, Any] = {"heads": [], "choices": {}}
     for chunk in without_names(chunks):
         choices = chunk.pop("choices")
         if chunk not in whole["heads"]:
             whole["heads"].append(chunk)
         for choice in choices:
-            into = whole["choices"].setdefault(choice["index"], {"text": "", "logprobs": [], "rest": []})
-            delta = choice.pop("delta")
-            into["text"] += delta.pop("content", None) or ""
-            into["logprobs"] += (choice.pop("logprobs") or {}).get("content") or []
-            arguments = [call["function"].pop("arguments", "") for call in delta.get("tool_calls") or []]
-            into["text"] += "".join(arguments)
-            if (shape := {**choice, "delta": delta}) not in into["rest"]:
-                into["rest"].append(shape)
+            fold(choice, whole["choices"].setdefault(choice["index"], {"text": "", "logprobs": [], "tools": {}}))
     return whole
+
+
+def fold(choice: dict[str, Any], into: dict[str, Any]) -> None:
+    """Add one event's part of a choice: texts and lists grow, of everything else the last word counts."""
+    delta = choice.pop("delta")
+    into["text"] += delta.pop("content", None) or ""
+    into["logprobs"] += (choice.pop("logprobs") or {}).get("content") or []
+    for call in delta.pop("tool_calls", None) or []:
+        tool = into["tools"].setdefault(call["index"], {"arguments": ""})
+        tool["arguments"] += call["function"].pop("arguments", None) or ""
+        tool |= call.pop("function") | call
+    for name, value in (choice | delta).items():
+        if value is not None or name not in into:
+            into[name] = value
 
 
 @pytest.mark.parametrize("name", ANSWERED)
