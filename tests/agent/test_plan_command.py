@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def run(tmp_path: Path, *words: str, **variables: str) -> "subprocess.CompletedP
     environment = {
         "HOME": str(tmp_path),
         "PATH": "/usr/bin:/bin",
+        "PYTHONIOENCODING": "utf-8:strict",  # as under a language's locale, and not under C
         **{f"XEROTIER_AGENT_{name}": value for name, value in variables.items()},
     }
     return subprocess.run(
@@ -110,6 +112,15 @@ def test_what_cannot_be_read_is_told_with_its_remedy(tmp_path: Path, words: tupl
     assert done.returncode == 1
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_path_whose_bytes_are_no_text_is_a_path_like_any_other(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(MODELS / "llama-3.1-8b", folder)
+    machine = ("--hardware", str(MACHINES / "h200.json"))
+    done = run(tmp_path, "--model", str(folder), *machine, CONFIG_DIR=str(folder / "config"))
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,14 @@ def test_what_is_no_finite_number_is_called_that(monkeypatch: pytest.MonkeyPatch
         load_settings({})
 
 
+def test_a_name_that_is_no_text_is_refused_before_a_router_hears_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(A + "NAME", os.fsdecode(b"caf\xe9"))
+    with pytest.raises(SettingsInvalid, match="takes text in UTF-8"):
+        load_settings({})
+    monkeypatch.setenv(A + "NAME", "café")
+    assert load_settings({}).name == "café"
+
+
 def test_the_nearest_setting_is_one_that_ends_the_same_way() -> None:
     assert warnings({A + "MODEL_PATH": "/m"}) == [
         f"{A}MODEL_PATH is not a setting; the nearest one is {A}INITIAL_MODEL_PATH."

@@ -27,3 +27,8 @@ def test_a_project_and_a_client_salt_do_not_run_together() -> None:
 
 def test_a_lone_surrogate_is_a_salt_like_any_other() -> None:
     assert len(tenant_salt("secret", A, "\ud800")) == 43
+
+
+def test_a_secret_of_random_bytes_is_one_like_any_other() -> None:
+    """As a variable brings it: bytes that are no text as lone surrogates."""
+    assert len(tenant_salt(b"\xff\x80\xe9".decode("utf-8", "surrogateescape"), A)) == 43

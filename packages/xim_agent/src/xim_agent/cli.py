@@ -6,6 +6,7 @@ another start would only repeat.
 """
 
 import asyncio
+import io
 import logging
 import socket
 import sys
@@ -168,6 +169,9 @@ def ceilings() -> str:
 @click.version_option(version=version(), prog_name="xerotier-xim-agent")
 def main() -> None:
     """The XIM agent: runs vLLM next to its GPU or CPU and serves a router's requests with it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may be of bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
 
 
 @main.command()

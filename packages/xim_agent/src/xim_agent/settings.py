@@ -28,6 +28,7 @@ from xim_agent.settings_types import (
     Port,
     Positive,
     SpeculativeMethod,
+    Text,
     Words,
 )
 from xim_protocol.codec import MAX_STREAMS
@@ -74,7 +75,7 @@ class AgentSettings(BaseSettings):
     join_key: SecretStr | None = _setting(
         None, "JOIN_KEY", Group.ENROLLMENT, "Enrolls this node; needed on the first start only.", flag="enroll run"
     )
-    name: str | None = _setting(
+    name: Text | None = _setting(
         None,
         "NAME",
         Group.ENROLLMENT,

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 
@@ -107,6 +107,16 @@ def device_list(value: object) -> object:
     return value
 
 
+def text(value: str) -> str:
+    """What can be told to a router: bytes that are no text stand for themselves in a variable, and nowhere else."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("takes text in UTF-8") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(text)]
 Bool = Annotated[bool, BeforeValidator(boolean)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(words_of)]
 Pairs = Annotated[dict[str, str], NoDecode, BeforeValidator(pairs_of)]

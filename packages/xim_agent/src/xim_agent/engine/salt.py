@@ -33,5 +33,8 @@ def _project_salt(secret: str, project: ProjectId) -> str:
 
 
 def _digest(secret: str, message: str) -> str:
-    digest = hmac.digest(secret.encode(), message.encode("utf-8", "surrogatepass"), hashlib.sha256)
+    # A secret of random bytes is one that a variable may hold.
+    digest = hmac.digest(
+        secret.encode("utf-8", "surrogateescape"), message.encode("utf-8", "surrogatepass"), hashlib.sha256
+    )
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()

@@ -31,7 +31,7 @@ class SocketPathTooLong(ValueError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"The socket path {path} has {len(str(path).encode())} bytes; the system allows {SOCKET_PATH_BYTES}. "
+            f"The socket path {path} has {_size(path)} bytes; the system allows {SOCKET_PATH_BYTES}. "
             "Set XEROTIER_AGENT_VLLM_SOCKET_PATH to a shorter one."
         )
 
@@ -72,7 +72,7 @@ def plan_engine(given: Given) -> EnginePlan:
     Raises:
         SocketPathTooLong: the socket's path does not fit into a socket address.
     """
-    if len(str(given.places.socket_path).encode()) > SOCKET_PATH_BYTES:
+    if _size(given.places.socket_path) > SOCKET_PATH_BYTES:
         raise SocketPathTooLong(given.places.socket_path)
     dtype = accelerator.choose_dtype(given)
     spread = parallelism.choose_tensor_parallel_size(given)
@@ -139,8 +139,17 @@ def default_socket_path(temporary: Path, uid: int, config_dir: Path) -> Path:
     Short, and the same for every start with one config directory, so that a killed agent leaves one file and not one
     per start. Not in the config directory itself: a mounted volume may not take sockets.
     """
-    digest = hashlib.sha256(str(config_dir).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(_bytes(config_dir)).hexdigest()[:12]
     return temporary / f"xim-{uid}-{digest}" / "engine.sock"
+
+
+def _size(path: Path) -> int:
+    return len(_bytes(path))
+
+
+def _bytes(path: Path) -> bytes:
+    """As the system has it, whatever bytes it is of."""
+    return str(path).encode("utf-8", "surrogateescape")
 
 
 def _runner(given: Given) -> Decision | None:
