@@ -28,7 +28,7 @@ gates: $(READY) ## Judge the coverage of the tests that ran last (part of `make 
 	$(BIN)/coverage report --include='*/xim_agent/planning/*' --fail-under=100
 
 test-engine: $(READY) ## Run the tests that need a real vLLM; prepares one for the CPU where none is found
-	vllm=$$($(BIN)/python -m demo.engine) && XEROTIER_AGENT_VLLM_PATH="$$vllm" $(BIN)/python -m pytest -m engine
+	vllm=$$($(BIN)/python -m demo.engine) && XEROTIER_AGENT_VLLM_PATH="$$vllm" $(BIN)/python -m pytest -m engine $(PYTEST_ARGS)
 
 soak: $(READY) ## Run the long tests: thousands of streams and requests under load and fault, about 15 minutes
 	$(BIN)/python -m pytest -m soak
