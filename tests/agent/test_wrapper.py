@@ -92,14 +92,13 @@ def test_it_becomes_vllm_with_its_arguments_in_every_process(installed: Path) ->
     assert "invalid escape" not in done.stderr
 
 
-def test_what_the_operator_set_stays(installed: Path) -> None:
-    done = wrapped(
-        "serve", PYTHONPATH=str(installed), HF_HUB_OFFLINE="0", VLLM_PLUGINS="zentorch", PYTHONWARNINGS="error"
-    )
+@pytest.mark.parametrize("rule", ["error", "ignore"])
+def test_what_the_operator_set_stays(installed: Path, rule: str) -> None:
+    done = wrapped("serve", PYTHONPATH=str(installed), HF_HUB_OFFLINE="0", VLLM_PLUGINS="zentorch", PYTHONWARNINGS=rule)
     _, spawned = json.loads(done.stdout)
     assert spawned["environment"]["HF_HUB_OFFLINE"] == "0"
     assert spawned["environment"]["VLLM_PLUGINS"] == "zentorch,xim_short_prompts"
-    assert spawned["environment"]["PYTHONWARNINGS"].endswith(",error")
+    assert spawned["environment"]["PYTHONWARNINGS"].endswith(f",{rule}")
 
 
 def test_vllm_in_another_environment_is_found_by_the_program_on_path(installed: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from tests.agent.engine.engines import States, fake_vllm, policy, python
 from tests.support.programs import PATIENCE_S, alive, eventually
-from xim_agent.engine import guard
+from xim_agent.engine import guard, process
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.process import Engine, EngineFailed, EnginePolicy, EngineState, remove_socket
+from xim_agent.engine.startup import StartupWatch
 from xim_agent.planning.command import EngineCommand
 
 S = EngineState
@@ -135,6 +136,20 @@ async def test_a_start_without_output_is_stuck(socket_path: Path) -> None:
         with pytest.raises(EngineFailed):
             await task
     assert any("no output for 0.2 s" in reason for reason in states.reasons)
+
+
+async def test_a_line_without_an_end_is_a_sign_of_life(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = asyncio.Event()
+
+    class Watch(StartupWatch):
+        def heard(self, now: float) -> None:
+            super().heard(now)
+            heard.set()
+
+    monkeypatch.setattr(process, "StartupWatch", Watch)
+    code = "import os, signal; os.write(1, b'.'); signal.pause()"
+    async with running(python(socket_path, code)), asyncio.timeout(PATIENCE_S):
+        await heard.wait()
 
 
 async def test_a_start_over_the_ceiling_has_failed_whatever_it_writes(socket_path: Path) -> None:

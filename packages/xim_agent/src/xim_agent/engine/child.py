@@ -32,20 +32,29 @@ _LINE_END = re.compile(rb"[\r\n]+")
 class EngineChild:
     """A running guard with its engine. Made by `spawn`; whoever made it awaits `exited` or `end`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, output: int, on_line: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        output: int,
+        on_line: Callable[[str], None],
+        on_output: Callable[[], None],
+    ) -> None:
         self._process = process
         # A pipe of our own: asyncio waits with a process's exit until its pipes are closed, and what is left of an
         # engine whose guard was killed holds them open.
         self._output = output
         self._on_line = on_line
+        self._on_output = on_output
         self.tail: deque[str] = deque(maxlen=KEPT_LINES)
         self.exited: asyncio.Task[int] = asyncio.create_task(self._run(), name="engine output")
         """Done when the engine and all it started have ended, with their exit status; below zero only when the
         guard itself was killed."""
 
     @classmethod
-    async def spawn(cls, command: EngineCommand, on_line: Callable[[str], None]) -> "EngineChild":
-        """Start `command` under a guard; `on_line` gets every line of its output.
+    async def spawn(
+        cls, command: EngineCommand, on_line: Callable[[str], None], on_output: Callable[[], None]
+    ) -> "EngineChild":
+        """Start `command` under a guard; `on_line` gets every line of its output, `on_output` hears of any piece.
 
         A program that does not exist shows as exit status 127, not here.
         """
@@ -64,7 +73,7 @@ class EngineChild:
             raise
         finally:
             os.close(written)
-        return cls(process, output, on_line)
+        return cls(process, output, on_line, on_output)
 
     @property
     def pid(self) -> int:
@@ -113,6 +122,7 @@ class EngineChild:
         rest = b""
         try:
             while data := await reader.read(65_536):
+                self._on_output()
                 *lines, rest = _LINE_END.split(rest + data)
                 for line in lines:
                     self._line(line)

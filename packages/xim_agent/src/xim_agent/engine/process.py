@@ -199,7 +199,7 @@ class Engine:
         remove_socket(self._command.socket_path)
         self._progress, kills_before = ProgressTold(), oom_kills()
         try:
-            self._child = child = await EngineChild.spawn(self._command, self._heard)
+            self._child = child = await EngineChild.spawn(self._command, self._heard, self._wrote)
         except OSError as error:
             return self._not_made(error)
         ready_at: float | None = None
@@ -272,11 +272,15 @@ class Engine:
                 return f"degraded for {policy.degraded_to_failed_s:g} s"
         return f"vLLM ended with status {exit_status.result()}"
 
+    def _wrote(self) -> None:
+        """A line without its end counts as well: some draw dots."""
+        if self._watch is not None:
+            self._watch.heard(time.monotonic())
+
     def _heard(self, line: str) -> None:
         if self._watch is None:
             log.debug("engine output", extra={"line": line})
             return
-        self._watch.heard(time.monotonic())
         if told := self._progress.heard(line):
             log.info("engine start", extra={"stage": told.stage.value, "percent": told.percent})
         log.log(logging.INFO if is_milestone(line) else logging.DEBUG, "engine output", extra={"line": line})

@@ -28,8 +28,9 @@ def prepare(environment: MutableMapping[str, str], here: str) -> None:
         environment.setdefault(name, value)
     path = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part and part != here]
     environment["PYTHONPATH"] = os.pathsep.join([here, *path])
-    rules = [part for part in environment.get("PYTHONWARNINGS", "").split(",") if part and part not in QUIET]
-    environment["PYTHONWARNINGS"] = ",".join([*QUIET.split(","), *rules])
+    quiet = QUIET.split(",")
+    rules = [part for part in environment.get("PYTHONWARNINGS", "").split(",") if part and part not in quiet]
+    environment["PYTHONWARNINGS"] = ",".join([*quiet, *rules])
     named = environment.get("VLLM_PLUGINS")
     if named and PLUGIN not in named.split(","):  # with a list, vLLM loads what is on it alone
         environment["VLLM_PLUGINS"] = f"{named},{PLUGIN}"
