@@ -1,7 +1,7 @@
 """What a process has made before it serves is left out of its garbage collections."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,8 +10,8 @@ import xim_router.app
 
 
 @pytest.fixture(autouse=True)
-def _thawed() -> Iterator[None]:
-    yield
+def _thawed() -> None:
+    """As in a process of its own: what tests/conftest.py froze is looked through again, until the test freezes it."""
     gc.unfreeze()
 
 
