@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.process import Part, free_port, running, wait_until_ready
+from bench.process import Part, compile_bytecode, free_port, running, wait_until_ready
 from bench.subject import MODEL, ROOT, Subject
 
 _INSTALL_S = 600.0
@@ -109,6 +109,7 @@ async def ensure_installed(peer: Peer) -> str:
         shutil.rmtree(peer.environment, ignore_errors=True)
         await _install(peer)
         stamp.write_text(wanted)
+    await compile_bytecode(str(peer.environment / "bin" / "python"), peer.environment / "lib")
     # By its own Python: the metadata of an environment is read best from inside.
     code = f"import importlib.metadata as m; print(m.version({peer.distribution!r}))"
     return (await _output_of(str(peer.environment / "bin" / "python"), "-c", code)).strip()

@@ -16,7 +16,7 @@ from bench import footprint, record
 from bench.footprint import Footprint, Start
 from bench.load import idle, measure
 from bench.peer import PEERS, NotInstalled, ensure_installed, peer_router
-from bench.process import StartFailed
+from bench.process import StartFailed, compile_bytecode
 from bench.scenario import CHUNK_BYTES, INTERVAL_MS, Kind, Measurement, Scenario, all_scenarios
 from bench.subject import ROOT, Subject, engine_alone
 from bench.xim import name_of, xim
@@ -96,6 +96,7 @@ def _configuration(plan: Plan) -> dict[str, object]:
 
 async def _routers(plan: Plan, engine: Subject, skipped: dict[str, str]) -> dict[str, Start]:
     """How each router is started; what cannot be installed here is named in `skipped`."""
+    await compile_bytecode(sys.executable, Path(sys.prefix) / "lib", ROOT / "packages", ROOT / "tests" / "support")
     routers: dict[str, Start] = {name_of(workers): partial(xim, workers=workers) for workers in plan.workers}
     for name in plan.peers:
         say(f"{name}: the first time it is installed into an environment of its own")
