@@ -1,6 +1,7 @@
 """Headers of safetensors files: counted right, and no file, however broken, does more than raise `ModelUnreadable`."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ModelUnreadable, match="it is no file"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 7, 8, 40])
 def test_a_file_cut_within_its_header_is_named(tmp_path: Path, kept: int) -> None:
     with pytest.raises(ModelUnreadable, match=r"which is not a safetensors file|its header claims"):
@@ -130,6 +137,8 @@ def test_a_file_cut_within_its_data_is_named_with_what_is_missing(tmp_path: Path
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "tensor 'a'"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "tensor 'a'"),
         (b'{"a": {"dtype": 4, "shape": [1], "data_offsets": [0, 4]}}', "tensor 'a'"),
+        (b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 400 + b'], "data_offsets": [0, 4]}}', "tensor 'a'"),
+        (b'{"a": {"dtype": "F32", "shape": [1000000000, 1000000000], "data_offsets": [0, 4]}}', "tensor 'a'"),
     ],
 )
 def test_a_broken_header_is_named(tmp_path: Path, header: bytes, said: str) -> None:
@@ -144,7 +153,7 @@ def test_a_header_that_claims_more_than_memory_is_not_read(tmp_path: Path) -> No
 
 def test_a_directory_in_a_files_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ModelUnreadable, match="it cannot be read"):
+    with pytest.raises(ModelUnreadable, match="it is no file"):
         read_checkpoint(tmp_path)
 
 

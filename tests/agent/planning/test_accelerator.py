@@ -9,6 +9,7 @@ from xim_agent.facts.hardware import CpuFacts, GpuFacts, HardwareFacts, Vendor
 from xim_agent.planning.accelerator import GDN_GUARD
 from xim_agent.planning.decision import Device, Source
 from xim_agent.planning.engine_facts import EngineFacts
+from xim_agent.planning.render import command_of
 
 EAGER = "--enforce-eager"
 NO_ALL_REDUCE = "--disable-custom-all-reduce"
@@ -78,6 +79,21 @@ def test_a_gpu_build_that_sees_no_gpu_is_told_what_to_check() -> None:
     assert warning.index("nvidia-smi") < warning.index("container") < warning.index("mask")
     assert decision(planned(hardware, engine=EngineFacts()), "device").warning == "the driver does not answer"
     assert "()" not in decision(planned("no-gpu", engine=vllm()), "device").warning
+
+
+def test_a_mask_names_the_gpus_that_nvidia_smi_numbers_so() -> None:
+    """CUDA's own order is by speed: on a machine with two kinds, its 0 may be nvidia-smi's 1."""
+    order = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    for plan in (
+        planned("h100-x8", CUDA_VISIBLE_DEVICES="1"),
+        planned("h100-x8", inherited={"CUDA_VISIBLE_DEVICES": "1"}),
+        planned(replace(machine("rtx-3090"), gpus=machine("rtx-3090").gpus + machine("l40s").gpus)),
+    ):
+        assert decision(plan, "device order").environment == (order,)
+    own = planned("h100-x8", CUDA_VISIBLE_DEVICES="1", inherited={"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
+    assert command_of(own).environment["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    for plan in (planned("h100-x8"), planned("mi300x-x8", HIP_VISIBLE_DEVICES="1"), planned("no-gpu")):
+        assert "CUDA_DEVICE_ORDER" not in command_of(plan).environment
 
 
 def test_masks_are_handed_on() -> None:

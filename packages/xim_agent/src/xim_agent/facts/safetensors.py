@@ -5,13 +5,14 @@ A file is 8 bytes of length (little endian), so many bytes of JSON, then the ten
 
 import json
 import os
+import stat
 import struct
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from xim_agent.facts.config_file import FETCH_AGAIN, read_config
+from xim_agent.facts.config_file import FETCH_AGAIN, LARGEST, read_config
 from xim_agent.facts.model import ModelUnreadable
 
 HEADER_LIMIT_BYTES = 100_000_000
@@ -87,7 +88,10 @@ def read_header(file: Path) -> list[TensorHeader]:
         ModelUnreadable: as for `read_checkpoint`.
     """
     try:
-        size = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise _broken(file, "it is no file")
+        size = found.st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -130,6 +134,8 @@ def _tensor(file: Path, name: str, entry: object) -> tuple[TensorHeader, int]:
     dtype, shape = described.get("dtype"), _whole(described.get("shape"))
     offsets = _whole(described.get("data_offsets"))
     if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise _broken(file, f"its header does not describe the tensor {name[:80]!r}")
+    if prod(shape) > LARGEST:
         raise _broken(file, f"its header does not describe the tensor {name[:80]!r}")
     return TensorHeader(name=name, dtype=dtype, shape=shape, size_bytes=offsets[1] - offsets[0]), offsets[1]
 

@@ -11,6 +11,7 @@ EAGER_ONLY = frozenset({"L40"})
 EAGER_AND_NO_ALL_REDUCE = frozenset({"A30", "A40"})
 """GPUs that fail to capture CUDA graphs when they share a model; A30 and A40 have trouble with peer-to-peer copies as
 well, which vLLM's own all-reduce needs. Exact names: an L40S is another GPU."""
+CUDA_MASK, CUDA_ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 GDN_GUARD = "XEROTIER_GDN_ZERO_PAD"
 """Tells the plugin in vLLM's environment to pad short prompts."""
 WRAPPER = "xerotier-vllm"
@@ -53,7 +54,7 @@ def choose_device(given: Given) -> Decision:
 def choose_devices(given: Given) -> Decision | None:
     """The mask of devices, when the operator set one."""
     masks = {
-        "CUDA_VISIBLE_DEVICES": given.settings.cuda_visible_devices,
+        CUDA_MASK: given.settings.cuda_visible_devices,
         "HIP_VISIBLE_DEVICES": given.settings.hip_visible_devices,
     }
     chosen = tuple((name, mask) for name, mask in masks.items() if mask is not None)
@@ -66,6 +67,21 @@ def choose_devices(given: Given) -> Decision | None:
         reason="handed to the engine",
         environment=chosen,
         forced=True,
+    )
+
+
+def choose_device_order(given: Given) -> Decision | None:
+    """CUDA's numbers of the devices, where they matter, as nvidia-smi and this plan count them: along the PCI bus.
+    CUDA itself puts the fastest first, so on a machine with several kinds a mask would name another one."""
+    mask = given.settings.cuda_visible_devices or given.inherited.get(CUDA_MASK)
+    if given.device is not Device.CUDA or (mask is None and len({gpu.name for gpu in given.gpus}) == 1):
+        return None
+    return Decision(
+        option="device order",
+        value="PCI bus",
+        source=Source.HARDWARE,
+        reason="GPUs are numbered as by nvidia-smi",
+        environment=((CUDA_ORDER, "PCI_BUS_ID"),),
     )
 
 

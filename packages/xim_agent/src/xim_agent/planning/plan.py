@@ -100,6 +100,7 @@ def plan_engine(given: Given) -> EnginePlan:
     decisions: list[Decision | None] = [
         accelerator.choose_device(given),
         accelerator.choose_devices(given),
+        accelerator.choose_device_order(given),
         _runner(given),
         _model_code(given),
         dtype,
