@@ -292,7 +292,7 @@ async def test_what_does_not_finish_within_the_grace_is_told(accounts: Accounts)
         assert "Traceback" not in topology.router.written()
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_second_signal_ends_the_grace_at_once(accounts: Accounts, first: signal.Signals) -> None:
     async with (
         serving(accounts, serve=hold, XEROTIER_ROUTER_SHUTDOWN_GRACE_S="60") as (topology, agent),
@@ -308,6 +308,22 @@ async def test_a_second_signal_ends_the_grace_at_once(accounts: Accounts, first:
         assert b'data: {"error":{' in streaming.body
         await agent.until(lambda: agent.goodbye is not None)
         assert "Traceback" not in topology.router.written()
+
+
+async def test_hangups_stop_in_order_however_many_come(accounts: Accounts) -> None:
+    async with serving(accounts, serve=hold) as (topology, agent), await call(topology, n=1) as running:
+        work = await agent.work()
+        await begin_stream(work)
+        await running.head()
+        topology.router.send(signal.SIGHUP)
+        await eventually(lambda: topology.router.lines("stopping") or not topology.router.running)
+        topology.router.send(signal.SIGHUP)
+        await work.write(b"data: [DONE]\n\n")
+        work.end()
+        await running.rest()
+        assert bytes(running.body) == b'data: {"n": 0}\n\ndata: [DONE]\n\n'
+        assert await topology.router.ended(within_s=LESS_THAN_THE_GRACE_S) == 0
+        assert complaints(topology) == []
 
 
 async def test_a_client_that_is_still_sending_its_body_does_not_hold_up_a_stop(accounts: Accounts) -> None:

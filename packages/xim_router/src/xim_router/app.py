@@ -9,7 +9,6 @@ import contextlib
 import gc
 import logging
 import resource
-import signal
 import ssl
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from xim_router.link.journal import Journal
 from xim_router.link.transport import Transport
 from xim_router.listening import CannotStart, address, cannot_bind, listen, tls_context
 from xim_router.settings import RouterSettings
+from xim_router.signals import on_stop_signals
 from xim_router.supervisor import UNUSABLE_STATUS
 from xim_router.telemetry.metrics import ClientPhase, RouterMetrics
 
@@ -55,7 +55,7 @@ METRICS_CONNECTIONS = 32
 
 
 def serve(settings: RouterSettings, worker: int | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends at once.
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second signal ends at once.
 
     `worker` is this process's number where it is one of several: it shares the HTTP port, and ends with its parent.
 
@@ -181,8 +181,7 @@ class Router:
             variables = "XEROTIER_ROUTER_METRICS_HOST", "XEROTIER_ROUTER_METRICS_PORT"
             listener = listen(settings.metrics_host, settings.metrics_port, *variables)
             servers.append((_Server(_metrics_config(metrics.registry)), listener))
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._on_signal)
+        on_stop_signals(loop, lambda _signum: self._on_signal(), worker=shared)
         if shared:
             # The parent holds the other end and writes nothing: what is read is its end, however that came about.
             loop.add_reader(sys.stdin.fileno(), self._on_orphaned)

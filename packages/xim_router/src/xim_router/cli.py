@@ -62,7 +62,7 @@ main.add_command(commands.agent)
 )
 @click.option("--worker", type=click.IntRange(0, 63), hidden=True, help="Be this one of the workers.")
 def serve(workers: int | None, worker: int | None) -> None:
-    """Serve clients and agents until told to stop (SIGTERM or Ctrl-C).
+    """Serve clients and agents until told to stop (SIGTERM, SIGHUP or Ctrl-C).
 
     Everything is set by environment variables; what is missing is made at first start.
     """

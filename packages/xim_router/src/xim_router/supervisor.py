@@ -18,6 +18,7 @@ import click
 
 from xim_router.listening import CannotStart, listen
 from xim_router.settings import RouterSettings
+from xim_router.signals import HURRY, on_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +46,34 @@ class Restarts:
     """Starts so far that came to an end."""
     ends: int = 0
     """Ends in a row, each soon after the start; those that an operator can mend are not among them."""
+    failures: int = 0
+    """Starts in a row that came to nothing."""
 
     def after(self, status: int, ran_s: float) -> float | None:
         """Seconds until the next start after an end with `status`; None when it is of no use."""
         self.lives += 1
+        self.failures = 0
         if status == UNUSABLE_STATUS:
             # At first it is a setting that is wrong. Later it is a database that is away: the other workers serve.
             return None if self.lives == 1 else LONGEST_DELAY_S
         self.ends = 1 if ran_s >= STEADY_S else self.ends + 1
         if self.ends > CRASHES:
             return None
-        return float(min(FIRST_DELAY_S * 2.0 ** (self.ends - 1), LONGEST_DELAY_S))
+        return _growing(self.ends)
+
+    def not_started(self) -> float:
+        """Seconds until the next try after the system had no process to give: never in vain, as this passes."""
+        self.failures += 1
+        return _growing(self.failures)
+
+
+def _growing(times: int) -> float:
+    """The delay after so many failures in a row, from one on."""
+    return min(FIRST_DELAY_S * 2.0 ** min(times - 1, 10), LONGEST_DELAY_S)
 
 
 def supervise(settings: RouterSettings) -> None:
-    """Keep `settings.workers` workers running until SIGTERM or SIGINT, which they are told.
+    """Keep `settings.workers` workers running until SIGTERM, SIGINT or SIGHUP, of which they are told.
 
     Raises:
         SystemExit: with 1 when they cannot be kept running; the reason is printed.
@@ -88,8 +102,7 @@ class Supervisor:
             GivenUp: one of them cannot be kept running; the others were stopped.
         """
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._on_signal, signum)
+        on_stop_signals(loop, self._on_signal)
         log.info("starting workers", extra={"workers": self._settings.workers})
         outcomes = await asyncio.gather(*map(self._keep, range(self._settings.workers)), return_exceptions=True)
         for outcome in outcomes:
@@ -102,28 +115,47 @@ class Supervisor:
         restarts = Restarts()
         try:
             while not self._stopping.is_set():
-                started = time.monotonic()
-                status = await self._one_run(number)
-                if self._stopping.is_set():
-                    return
-                delay_s = restarts.after(status, time.monotonic() - started)
-                if delay_s is None:
-                    raise GivenUp(_why(number, status))
-                facts = {"worker": number, "status": status, "restart_s": delay_s}
-                log.log(logging.WARNING if status else logging.INFO, "worker ended", extra=facts)
+                delay_s = await self._one_life(number, restarts)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay_s):
                         await self._stopping.wait()
         except BaseException:
-            self._on_signal(signal.SIGTERM)
+            self._tell(signal.SIGTERM)
             raise
 
-    async def _one_run(self, number: int) -> int:
-        """One life of a worker; its exit status, minus n when signal n ended it."""
+    async def _one_life(self, number: int, restarts: Restarts) -> float:
+        """Start a worker and wait for its end; returns the seconds until the next start."""
+        started = time.monotonic()
+        try:
+            process = await self._start(number)
+        except (OSError, RuntimeError) as error:
+            # No process, memory or descriptor to be had, or no thread to wait in for its end (the RuntimeError).
+            delay_s = restarts.not_started()
+            log.error("worker cannot be started", extra={"worker": number, "why": str(error), "restart_s": delay_s})
+            return delay_s
+        status = await self._run_out(number, process)
+        if self._stopping.is_set():
+            return 0.0
+        again_s = restarts.after(status, time.monotonic() - started)
+        if again_s is None:
+            raise GivenUp(_why(number, status))
+        facts = {"worker": number, "status": status, "restart_s": again_s}
+        log.log(logging.WARNING if status else logging.INFO, "worker ended", extra=facts)
+        return again_s
+
+    async def _start(self, number: int) -> asyncio.subprocess.Process:
+        """A new process of this worker.
+
+        Raises:
+            OSError, RuntimeError: the system has none to give.
+        """
         words = ("-m", "xim_router", "serve", "--workers", str(self._settings.workers), "--worker", str(number))
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             sys.executable, *words, stdin=asyncio.subprocess.PIPE, process_group=0
         )
+
+    async def _run_out(self, number: int, process: asyncio.subprocess.Process) -> int:
+        """The exit status of a worker once it has ended, minus n when signal n ended it."""
         self._workers[number] = process
         log.info("worker started", extra={"worker": number, "worker_pid": process.pid})
         if self._stopping.is_set():
@@ -147,12 +179,15 @@ class Supervisor:
         return await ended
 
     def _on_signal(self, signum: signal.Signals) -> None:
-        """Tell every worker; a second signal reaches them as their second."""
+        """Tell every worker; a second signal hurries them."""
         log.info("stopping workers", extra={"signal": signum.name, "workers": sorted(self._workers)})
+        self._tell(HURRY if self._stopping.is_set() else signal.SIGTERM)
+
+    def _tell(self, signum: signal.Signals) -> None:
         self._stopping.set()
         for process in self._workers.values():
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signum)
 
 
 def _why(number: int, status: int) -> str:
