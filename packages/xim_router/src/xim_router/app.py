@@ -1,6 +1,6 @@
 """Composition root of the router: builds every part, starts them in order and stops them in order.
 
-Start: database and catalog, agents' sockets, HTTP. Stop: nothing new, running requests get their grace, clients and
+Start: database and catalog, agents' sockets, HTTP's listeners, the mesh, HTTP. Stop: nothing new, running requests get their grace, clients and
 agents that are left are told, sockets and database are closed.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import resource
+import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator
@@ -122,11 +123,13 @@ class Router:
             age["control"] = control
             stack.callback(journal.settle)
             stack.enter_context(self._link(broker, control))
+            listeners = self._listen(stack)
+            # Only now that nothing can keep it from serving: agents are told of every member.
             await control.join()
             inference = self._inference(broker, control, metrics)
             front = Front(inference, broker, control.api(), _readiness(broker, control), metrics.refused)
             self._watch = inference.watch
-            await self._serve(broker, control, front, metrics)
+            await self._serve(broker, control, front, metrics, listeners)
 
     def _inference(self, broker: Broker, control: ControlPlane, metrics: RouterMetrics) -> Inference:
         settings = self._settings
@@ -170,17 +173,31 @@ class Router:
             gatekeeper.close(loop)
             context.destroy(linger=0)
 
-    async def _serve(self, broker: Broker, control: ControlPlane, front: Front, metrics: RouterMetrics) -> None:
-        settings, loop = self._settings, asyncio.get_running_loop()
-        crowd = Crowd(_most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-        http = _Server(_http_config(front, metrics.refused, crowd, self._tls))
-        shared = self._worker is not None
+    def _listen(self, stack: contextlib.AsyncExitStack) -> list[socket.socket]:
+        """What clients reach, and then what a scraper does where metrics are served; closed with `stack`."""
+        settings = self._settings
         variables = "XEROTIER_ROUTER_HTTP_HOST", "XEROTIER_ROUTER_HTTP_PORT"
-        servers = [(http, listen(settings.http_host, settings.http_port, *variables, shared=shared))]
+        shared = self._worker is not None
+        listeners = [stack.enter_context(listen(settings.http_host, settings.http_port, *variables, shared=shared))]
         if not settings.disable_metrics:
             variables = "XEROTIER_ROUTER_METRICS_HOST", "XEROTIER_ROUTER_METRICS_PORT"
-            listener = listen(settings.metrics_host, settings.metrics_port, *variables)
-            servers.append((_Server(_metrics_config(metrics.registry)), listener))
+            listeners.append(stack.enter_context(listen(settings.metrics_host, settings.metrics_port, *variables)))
+        return listeners
+
+    async def _serve(
+        self,
+        broker: Broker,
+        control: ControlPlane,
+        front: Front,
+        metrics: RouterMetrics,
+        listeners: list[socket.socket],
+    ) -> None:
+        settings, loop = self._settings, asyncio.get_running_loop()
+        crowd = Crowd(_most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        configs = _http_config(front, metrics.refused, crowd, self._tls), _metrics_config(metrics.registry)
+        # Without metrics the second has no listener, and is not served.
+        servers = [(_Server(config), listener) for config, listener in zip(configs, listeners, strict=False)]
+        shared = self._worker is not None
         on_stop_signals(loop, lambda _signum: self._on_signal(), worker=shared)
         if shared:
             # The parent holds the other end and writes nothing: what is read is its end, however that came about.
