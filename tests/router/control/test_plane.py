@@ -2,7 +2,7 @@
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.router.control.plane_under_test import START, Clock, Node, PlaneUnder
 from tests.support.programs import PATIENCE_S, eventually
 from xim_protocol.ids import AgentId, ProjectId
 from xim_router.control.database import Database
-from xim_router.control.errors import KeyFileUnusable, SecretKeyMismatch
+from xim_router.control.errors import KeyFileUnusable, NotFound, SecretKeyMismatch
 from xim_router.control.plane import ControlPlane
 from xim_router.control.store import Store, Transaction
 from xim_router.control.tokens import mint_xem_token, verify_xem_token
@@ -197,6 +197,31 @@ async def test_an_agent_that_enrolls_while_its_endpoint_is_deleted_is_free(
     assert (await enrolling).assignment is None
     (standing,) = await under_test.plane.accounts.agents("demo")
     assert standing.endpoint_slug is None
+    await database.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("command", ["key", "join-key", "assign"])
+async def test_a_command_that_meets_the_end_of_its_endpoint_says_that_there_is_none(
+    under_test: PlaneUnderTest, database_url: str, command: str
+) -> None:
+    await under_test.demo_project()
+    accounts = under_test.plane.accounts
+    agent = (await under_test.enroll(Node().request(await under_test.join_key()))).agent_id
+    await accounts.assign_agent(agent, None)
+    commands: dict[str, Callable[[], Coroutine[object, object, object]]] = {
+        "key": lambda: accounts.create_api_key("demo", "app", endpoint_slug="tiny"),
+        "join-key": lambda: accounts.create_join_key("demo", enroll_url="http://router", endpoint_slug="tiny"),
+        "assign": lambda: accounts.assign_agent(agent, "tiny"),
+    }
+    database = await Database.open(database_url)
+    async with Store(database).change() as deleting:
+        (endpoint,) = await deleting.endpoints()
+        await deleting.delete_endpoint(endpoint.id, START)
+        doing = asyncio.create_task(commands[command]())
+        await eventually(lambda: waits(database))
+    with pytest.raises(NotFound, match="no endpoint 'tiny'"):
+        await doing
     await database.close()
 
 

@@ -1,7 +1,7 @@
 """Composition root of the router: builds every part, starts them in order and stops them in order.
 
-Start: database and catalog, agents' sockets, HTTP's listeners, the mesh, HTTP. Stop: nothing new, running requests get their grace, clients and
-agents that are left are told, sockets and database are closed.
+Start: database and catalog, agents' sockets, HTTP's listeners, the mesh, HTTP. Stop: nothing new, running requests get
+their grace, clients and agents that are left are told, sockets and database are closed.
 """
 
 import asyncio

@@ -5,7 +5,8 @@ A secret is returned once, beside the record of its hash, by the call that made 
 
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from xim_protocol.enrollment import JoinKey
@@ -135,7 +136,7 @@ class Accounts:
         now = self._clock()
         project = await self._project(project_slug)
         secret = mint_api_key(project.slug, self._entropy(TOKEN_ENTROPY_BYTES))
-        async with self._store.change() as transaction:
+        async with _meeting_the_end_of(endpoint_slug), self._store.change() as transaction:
             endpoint = None if endpoint_slug is None else await _endpoint(transaction, project, endpoint_slug)
             record = ApiKeyRecord(
                 id=self._uuid(),
@@ -192,7 +193,7 @@ class Accounts:
         now = self._clock()
         project = await self._project(project_slug)
         key = self._mint_join_key(project, enroll_url, region)
-        async with self._store.change() as transaction:
+        async with _meeting_the_end_of(endpoint_slug), self._store.change() as transaction:
             endpoint = None if endpoint_slug is None else await _endpoint(transaction, project, endpoint_slug)
             record = JoinKeyRecord(
                 id=key.key_id,
@@ -291,7 +292,7 @@ class Accounts:
         Raises:
             NotFound
         """
-        async with self._store.change() as transaction:
+        async with _meeting_the_end_of(endpoint_slug), self._store.change() as transaction:
             record = await _agent(transaction, agent)
             known = {each.slug: each.id for each in await transaction.endpoints(record.project_id)}
             if endpoint_slug is not None and endpoint_slug not in known:
@@ -329,6 +330,17 @@ class Accounts:
 
     def _uuid(self) -> str:
         return str(uuid.UUID(bytes=self._entropy(16), version=4))
+
+
+@asynccontextmanager
+async def _meeting_the_end_of(endpoint_slug: str | None) -> AsyncIterator[None]:
+    """For a change that refers to the endpoint, which another process may delete between its look-up and the change."""
+    try:
+        yield
+    except Taken:
+        if endpoint_slug is None:
+            raise
+        raise NotFound("endpoint", endpoint_slug) from None
 
 
 async def _endpoint(transaction: Transaction, project: ProjectRecord, slug: str) -> EndpointRecord:

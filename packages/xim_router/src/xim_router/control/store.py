@@ -37,7 +37,7 @@ _GENERATIONS_KEPT = 512
 
 
 class Taken(Exception):
-    """A row breaks a unique constraint: its name, slug or key is taken."""
+    """A row breaks a constraint: its name, slug or key is taken, or what it refers to is gone by now."""
 
 
 class Transaction:
@@ -84,7 +84,7 @@ class Transaction:
         """Insert one row.
 
         Raises:
-            Taken: its name, slug or key is taken.
+            Taken: its name, slug or key is taken, or what it refers to is gone by now.
         """
         values = asdict(record)
         if isinstance(record, ApiKeyRecord):
@@ -186,7 +186,7 @@ class Transaction:
         """Change columns of one agent.
 
         Raises:
-            Taken: the new CURVE key is another agent's.
+            Taken: the new CURVE key is another agent's, or the new endpoint is gone by now.
         """
         try:
             await self._connection.execute(update(tables.agents).where(tables.agents.c.id == agent).values(**values))
