@@ -154,6 +154,10 @@ async def test_an_agent_that_left_has_no_state_unless_another_router_saw_it_sinc
     later = AgentSeen(agent=agent, seen_at=START + 12, state="draining")
     assert await written(later) == (START + 12, "draining")
     assert await written(left) == (START + 12, "draining")
+    # Another router's, that was written late.
+    assert await written(ready) == (START + 12, "draining")
+    # A clock that was set back must not keep every report away.
+    assert await written(replace(ready, seen_at=START - 60)) == (START - 60, "ready")
 
 
 async def waits(database: Database) -> bool:

@@ -34,6 +34,8 @@ from xim_router.dispatch.reports import AgentSeen
 
 # Tokens that many generations back are forgotten: two weeks of refreshes. They are refused then as unknown.
 _GENERATIONS_KEPT = 512
+# So much later than another router's may a report of an agent be written.
+_LATE_S = 60.0
 
 
 class Taken(Exception):
@@ -202,22 +204,21 @@ class Transaction:
     async def agents_seen(self, reports: Iterable[AgentSeen]) -> None:
         """Write when agents were last seen, and in which state; one that has left has none.
 
-        That an agent has left says the router that lost it. It counts unless another one saw the agent later.
+        That an agent has left says the router that lost it. The latest report counts, in whichever order they come.
         """
         reports = list(reports)
         table = tables.agents
         # Every router writes of the same agents: they lock the rows in one order, or two could wait for each other.
         named = select(table.c.id).where(table.c.id.in_([each.agent for each in reports])).order_by(table.c.id)
         await self._connection.execute(named.with_for_update(key_share=True))
-        values: dict[str, Any] = {"last_seen_at": bindparam("seen"), "state": bindparam("state_word")}
-        seen = update(table).where(table.c.id == bindparam("agent")).values(values)
-        unless_later = or_(table.c.last_seen_at.is_(None), table.c.last_seen_at <= bindparam("seen"))
-        rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        for each in reports:
-            rows[each.departed].append({"agent": each.agent, "seen": each.seen_at, "state_word": each.state})
-        for departed, statement in ((False, seen), (True, seen.where(unless_later))):
-            if rows[departed]:
-                await self._connection.execute(statement, rows[departed])
+        seen, last = bindparam("seen"), table.c.last_seen_at
+        # What is later by more than reports are late was written by a clock that was wrong, and would stay for long.
+        latest = or_(last.is_(None), last <= seen, last > seen + _LATE_S)
+        named = table.c.id == bindparam("agent")
+        statement = update(table).where(named, latest).values(last_seen_at=seen, state=bindparam("state_word"))
+        rows = [{"agent": each.agent, "seen": each.seen_at, "state_word": each.state} for each in reports]
+        if rows:
+            await self._connection.execute(statement, rows)
 
     async def refresh_tokens(self, agent: AgentId) -> list[RefreshTokenRecord]:
         """The agent's whole family of refresh tokens."""
