@@ -211,11 +211,12 @@ class Transaction:
         # Every router writes of the same agents: they lock the rows in one order, or two could wait for each other.
         named = select(table.c.id).where(table.c.id.in_([each.agent for each in reports])).order_by(table.c.id)
         await self._connection.execute(named.with_for_update(key_share=True))
-        seen, last = bindparam("seen"), table.c.last_seen_at
+        seen: ColumnElement[float] = bindparam("seen")
+        last = table.c.last_seen_at
         # What is later by more than reports are late was written by a clock that was wrong, and would stay for long.
         latest = or_(last.is_(None), last <= seen, last > seen + _LATE_S)
-        named = table.c.id == bindparam("agent")
-        statement = update(table).where(named, latest).values(last_seen_at=seen, state=bindparam("state_word"))
+        its_row = table.c.id == bindparam("agent")
+        statement = update(table).where(its_row, latest).values(last_seen_at=seen, state=bindparam("state_word"))
         rows = [{"agent": each.agent, "seen": each.seen_at, "state_word": each.state} for each in reports]
         if rows:
             await self._connection.execute(statement, rows)
