@@ -178,6 +178,21 @@ def test_a_mistake_is_answered_with_a_remedy_and_no_traceback(
     assert isinstance(result.exception, SystemExit)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("key", "revoke", "caf\udce9"),
+        ("join-key", "create", "--project", "demo", "--name=caf\udce9"),
+        ("agent", "assign", "caf\udce9", "--endpoint", "caf\udce9"),
+        ("caf\udce9",),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_wrong_usage(cli: Cli, args: tuple[str, ...]) -> None:
+    result = cli(*args, exit_code=2)
+    assert isinstance(result.exception, SystemExit)
+    assert "caf\\udce9' is not UTF-8" in result.output
+
+
 def test_the_database_commands_tell_its_state(cli: Cli, database_url: str) -> None:
     before = cli("db", "check", exit_code=1)
     assert "db upgrade" in before.output

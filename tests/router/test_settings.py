@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from xim_protocol.enrollment import RouterAddress
 from xim_router.settings import (
     RouterSettings,
     declared,
@@ -109,7 +110,75 @@ def test_what_can_be_no_host_is_refused(monkeypatch: pytest.MonkeyPatch, variabl
 @pytest.mark.parametrize("value", ["0.0.0.0", "::", "fe80::1%eth0", "router_1.internal", "localhost", "*"])
 def test_every_form_of_a_host_is_taken(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("XEROTIER_ROUTER_HTTP_HOST", value)
+    monkeypatch.setenv("XEROTIER_ROUTER_ADVERTISE_HOST", "router.example")
     assert load_settings().http_host == value
+
+
+@pytest.mark.parametrize("value", ["a" * 253, "router_1.internal", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
+def test_every_host_that_is_advertised_is_one_that_agents_take(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("XEROTIER_ROUTER_ADVERTISE_HOST", value)
+    told = load_settings()
+    addresses = {"control_addr": told.control_address(), "streaming_addr": told.streaming_address()}
+    assert RouterAddress.from_json({**addresses, "server_curve_key": "00" * 32}).control_addr == told.control_address()
+
+
+@pytest.mark.parametrize("value", ["a" * 254, "fe80::1%eth0", "router.example:5555", "1" * 46 + "::"])
+def test_a_host_that_agents_do_not_take_is_not_advertised(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("XEROTIER_ROUTER_ADVERTISE_HOST", value)
+    with pytest.raises(SettingsInvalid, match="at most 253 characters, without port or zone") as caught:
+        load_settings()
+    assert [problem.variable for problem in caught.value.problems] == ["XEROTIER_ROUTER_ADVERTISE_HOST"]
+
+
+@pytest.mark.parametrize(
+    ("values", "told_of"),
+    [
+        ({"HTTP_HOST": "fe80::1%eth0"}, ["HTTP_HOST"]),
+        ({"LINK_HOST": "fe80::1%eth0"}, ["LINK_HOST"]),
+        ({"HTTP_HOST": "fe80::1%eth0", "LINK_HOST": "10.0.0.5"}, ["HTTP_HOST"]),
+        ({"HTTP_HOST": "fe80::1%eth0", "LINK_HOST": "10.0.0.5", "ENROLL_URL": "https://x.example"}, []),
+        ({"HTTP_HOST": "fe80::1%eth0", "LINK_HOST": "fe80::1%eth0", "ADVERTISE_HOST": "r.example"}, []),
+        ({"METRICS_HOST": "fe80::1%eth0"}, []),
+    ],
+)
+def test_a_zone_is_bound_but_not_told_to_agents(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], told_of: list[str]
+) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(f"XEROTIER_ROUTER_{name}", value)
+    if not told_of:
+        load_settings()
+        return
+    with pytest.raises(SettingsInvalid, match=r"has a zone.* Set XEROTIER_ROUTER_ADVERTISE_HOST") as caught:
+        load_settings()
+    assert [each.variable.removeprefix("XEROTIER_ROUTER_") for each in caught.value.problems] == told_of
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DATA_DIR", "/srv/caf\udce9"),
+        ("DATABASE_URL", "postgresql+asyncpg://xim:caf\udce9@db/xim"),
+        ("SECRET_KEY_FILE", "/srv/caf\udce9"),
+        ("ENROLL_URL", "https://caf\udce9"),
+        ("HTTP_PORT", "80\udce9"),
+    ],
+)
+def test_a_value_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(f"XEROTIER_ROUTER_{variable}", value)
+    with pytest.raises(SettingsInvalid, match="is not UTF-8") as caught:
+        load_settings()
+    (problem,) = caught.value.problems
+    assert problem.variable == f"XEROTIER_ROUTER_{variable}"
+    assert str(caught.value).isascii()
+    assert ("caf" in str(caught.value)) is (variable in ("DATA_DIR", "SECRET_KEY_FILE", "ENROLL_URL"))
+
+
+def test_a_home_that_is_not_utf_8_needs_another_data_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XEROTIER_ROUTER_DATA_DIR", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", "/srv/caf\udce9")
+    with pytest.raises(SettingsInvalid, match=r"XEROTIER_ROUTER_DATA_DIR=/srv/caf\\udce9.* is not UTF-8"):
+        load_settings()
 
 
 @pytest.mark.parametrize(("given", "missing"), [("TLS_CERT", "TLS_KEY"), ("TLS_KEY", "TLS_CERT")])

@@ -12,6 +12,7 @@ from xim_router.console import finished, json_option, on_accounts, settings_or_e
 from xim_router.control.database import Database, newest_revision
 from xim_router.control.opening import open_storage
 from xim_router.settings import ADVERTISE_HOST, RouterSettings, declared, shown_values
+from xim_router.settings_types import is_utf8, readable
 from xim_router.telemetry.logs import configure_logging
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,18 @@ class _ServeCommand(click.Command):
                 formatter.write_dl(rows, col_max=48)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """All commands; their arguments are text."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse what cannot be stored, compared or written back, before any command meets it."""
+        for word in args:
+            if not is_utf8(word):
+                raise click.UsageError(f"The argument '{readable(word)}' is not UTF-8.", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="xim_router", prog_name="xerotier-router")
 def main() -> None:
     """The XIM router: an OpenAI-compatible front for inference agents that dial out to it."""

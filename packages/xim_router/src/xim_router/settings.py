@@ -5,31 +5,35 @@ counts as unset. Every wrong value is reported at once, in one message.
 """
 
 import os
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated
 
-from annotated_types import Ge, Le
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from xim_router.settings_types import (
     HOST,
+    NOT_UTF8,
+    TOLD_HOST,
     Flag,
     LogFormat,
     LogLevel,
     Port,
     Problem,
     SettingsInvalid,
+    as_shown,
     data_dir,
+    is_utf8,
     limits,
     listen,
     logs,
     lower,
+    plain_text,
+    plain_type,
+    rule_of,
     secret_key_digits,
     storage,
 )
@@ -109,7 +113,7 @@ class RouterSettings(BaseSettings):
     )
     advertise_host: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9._:\-]+$",
+        pattern=TOLD_HOST,
         validation_alias=ADVERTISE_HOST,
         description="Host name or address that agents are told to dial.",
         json_schema_extra=listen(default="the bound host"),
@@ -347,7 +351,7 @@ def shown_values(settings: RouterSettings) -> dict[str, tuple[str, str]]:
     for setting in declared():
         value = getattr(settings, setting.field)
         origin = "environment" if os.environ.get(setting.variable) else "default"
-        shown[setting.variable] = (_shown(value) if value is not None else setting.default, origin)
+        shown[setting.variable] = (as_shown(value) if value is not None else setting.default, origin)
     return shown
 
 
@@ -360,7 +364,7 @@ def _setting(name: str, info: FieldInfo) -> Setting:
     extra = info.json_schema_extra
     assert isinstance(extra, dict)
     assert isinstance(info.validation_alias, str)
-    default = extra["default"] if extra["default"] else _shown(info.get_default(call_default_factory=True))
+    default = extra["default"] if extra["default"] else as_shown(info.get_default(call_default_factory=True))
     return Setting(
         variable=info.validation_alias,
         field=name,
@@ -368,41 +372,9 @@ def _setting(name: str, info: FieldInfo) -> Setting:
         group=str(extra["group"]),
         unit=None if extra["unit"] is None else str(extra["unit"]),
         default=str(default),
-        rule=_rule(info),
-        secret=_plain_type(info.annotation) is SecretStr,
+        rule=rule_of(info, info.validation_alias.removeprefix(PREFIX).lower()),
+        secret=plain_type(info.annotation) is SecretStr,
     )
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type itself, without None and without what is annotated to it."""
-    if get_origin(annotation) in (types.UnionType, Union):
-        annotation = next(each for each in get_args(annotation) if each is not type(None))
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _rule(info: FieldInfo) -> str:
-    kind = _plain_type(info.annotation)
-    least = next((m.ge for m in info.metadata if isinstance(m, Ge)), None)
-    most = next((m.le for m in info.metadata if isinstance(m, Le)), None)
-    if kind in (int, float):
-        return f"must be a {'whole ' if kind is int else ''}number from {least} to {most}"
-    if kind is bool:
-        return "must be 1, 0, true or false"
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        return f"must be one of {', '.join(kind)}"
-    rules = {"secret_key": "64 hexadecimal digits", "enroll_url": "an http:// or https:// URL without query"}
-    alias = str(info.validation_alias).removeprefix(PREFIX).lower()
-    return f"must be {rules.get(alias, 'a path' if kind is Path else 'a host' if 'host' in alias else 'text')}"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, SecretStr):
-        return "********"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _wrong_value(setting: Setting) -> Problem:
@@ -410,14 +382,14 @@ def _wrong_value(setting: Setting) -> Problem:
     return Problem(
         variable=setting.variable,
         value=value,
-        rule=setting.rule,
+        rule=setting.rule if is_utf8(value) else NOT_UTF8,
         remedy=f"Correct it, or unset it for the default ({setting.default}).",
     )
 
 
 def _conflicts(settings: RouterSettings) -> list[Problem]:
     """Values that are right alone and wrong together, or that name a file that is not there."""
-    found = [*_database_problems(settings), *_tls_problems(settings)]
+    found = [*_unreadable(settings), *_database_problems(settings), *_tls_problems(settings), *_zones(settings)]
     if settings.secret_key is not None and settings.secret_key_file is not None:
         found.append(
             _problem(settings, "secret_key_file", "is set beside XEROTIER_ROUTER_SECRET_KEY", "Unset one of the two.")
@@ -434,6 +406,23 @@ def _conflicts(settings: RouterSettings) -> list[Problem]:
             found.append(_problem(settings, name, f"is the port of {other} too", "Give each its own."))
         ports.setdefault(port, name)
     return found if len(found) > others else found + _worker_problems(settings)
+
+
+def _unreadable(settings: RouterSettings) -> list[Problem]:
+    """Paths and secrets may hold any bytes; logs, and the database, take text alone."""
+    values = {name: getattr(settings, name) for name in RouterSettings.model_fields}
+    wrong = [name for name, value in values.items() if not is_utf8(plain_text(value))]
+    return [_problem(settings, name, NOT_UTF8, "Set it to text in UTF-8.") for name in wrong]
+
+
+def _zones(settings: RouterSettings) -> list[Problem]:
+    """The zone of an IPv6 address is this machine's own: no agent takes it."""
+    told = {"http_host" if settings.link_host is None else "link_host"}
+    if settings.enroll_url is None:
+        told.add("http_host")
+    zoned = [name for name in sorted(told) if settings.advertise_host is None and "%" in getattr(settings, name)]
+    rule, remedy = "has a zone, with which no agent can dial it", f"Set {ADVERTISE_HOST} to what agents reach."
+    return [_problem(settings, name, rule, remedy) for name in zoned]
 
 
 def _worker_problems(settings: RouterSettings) -> list[Problem]:
@@ -487,7 +476,7 @@ def _tls_problems(settings: RouterSettings) -> list[Problem]:
 
 
 def _problem(settings: RouterSettings, name: str, rule: str, remedy: str) -> Problem:
-    return Problem(variable=_variable(name), value=_shown(getattr(settings, name)), rule=rule, remedy=remedy)
+    return Problem(variable=_variable(name), value=as_shown(getattr(settings, name)), rule=rule, remedy=remedy)
 
 
 def _variable(name: str) -> str:

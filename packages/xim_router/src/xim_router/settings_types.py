@@ -1,15 +1,17 @@
-"""How the values of the router's settings are read (words, booleans, ports, keys), and what is said of a wrong one."""
+"""How the values of the router's settings are read and shown, and what is said of a wrong one."""
 
 import re
+import types
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import platformdirs
 from annotated_types import Ge, Le
 from pydantic import BeforeValidator, SecretStr
+from pydantic.fields import FieldInfo
 
 
 class LogLevel(StrEnum):
@@ -52,6 +54,9 @@ def data_dir() -> Path:
 
 HOST = r"^[A-Za-z0-9._:%*-]+$"
 """Names, IPv4 and IPv6 addresses (without brackets, with a zone where they need one), interfaces, `*`."""
+TOLD_HOST = r"^(?:[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,44})$"
+"""What agents take in an address that they are told: a name of DNS, or an address without a zone."""
+NOT_UTF8 = "is not UTF-8"
 Flag = Annotated[bool, BeforeValidator(flag)]
 Port = Annotated[int, Ge(1), Le(65_535)]
 
@@ -64,6 +69,62 @@ storage = partial(extra, "Storage")
 listen = partial(extra, "Listening")
 limits = partial(extra, "Limits")
 logs = partial(extra, "Operation")
+
+
+def as_shown(value: object) -> str:
+    """A value as people read it; a secret is masked."""
+    if value is None:
+        return "none"
+    if isinstance(value, SecretStr):
+        return "********"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def plain_text(value: object) -> str:
+    """A value as it was written, secrets too: for a check, never to be shown."""
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether `text`, which the system gave as bytes, was UTF-8: what was not stands in it as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(text: str) -> str:
+    """`text` with escapes for what was not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def plain_type(annotation: Any) -> Any:
+    """The type itself, without None and without what is annotated to it."""
+    if get_origin(annotation) in (types.UnionType, Union):
+        annotation = next(each for each in get_args(annotation) if each is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def rule_of(info: FieldInfo, name: str) -> str:
+    """What a value must be, for the variable that is called `name` without its prefix."""
+    kind = plain_type(info.annotation)
+    least = next((m.ge for m in info.metadata if isinstance(m, Ge)), None)
+    most = next((m.le for m in info.metadata if isinstance(m, Le)), None)
+    if kind in (int, float):
+        return f"must be a {'whole ' if kind is int else ''}number from {least} to {most}"
+    if kind is bool:
+        return "must be 1, 0, true or false"
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return f"must be one of {', '.join(kind)}"
+    rules = {
+        "secret_key": "64 hexadecimal digits",
+        "enroll_url": "an http:// or https:// URL without query",
+        "advertise_host": "a host name or address of at most 253 characters, without port or zone",
+    }
+    return f"must be {rules.get(name, 'a path' if kind is Path else 'a host' if 'host' in name else 'text')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +140,7 @@ class Problem:
     @property
     def shown(self) -> str:
         """The variable, with its value where it has one."""
-        return self.variable if self.value is None else f"{self.variable}={self.value}"
+        return self.variable if self.value is None else f"{self.variable}={readable(self.value)}"
 
 
 class SettingsInvalid(Exception):
