@@ -7,7 +7,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -239,6 +239,27 @@ async def test_a_whole_certificate_is_served(accounts: Accounts, tmp_path: Path)
         writer.close()
     finally:
         assert await topology.router.terminate() == 0, topology.router.tail()
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+async def test_strangers_take_no_agents_and_no_clients_descriptor_however_few_there_are(accounts: Accounts) -> None:
+    topology = Topology(accounts)
+    topology.router.command = ("sh", "-c", 'ulimit -n 256; exec "$0" "$@"', *topology.router.command)
+    async with topology, AsyncExitStack() as strangers:
+        dial = await enrolled(topology)
+        for number in range(300):
+            port = topology.streaming_port if number % 2 else topology.control_port
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            strangers.callback(abort, writer)
+        async with AgentStub(dial, serve=echo, capacity=1) as agent:
+            await agent.opened()
+            await topology.ready()
+            async with await call(topology, n=1) as answered:
+                assert (await answered.rest()).status == 200
+        assert topology.router.lines("too many connections of no agent, ending the oldest", most=32)
 
 
 # --- Stop ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import hold
 from tests.support.programs import PATIENCE_S
-from xim_router.app import _most_connections
+from xim_router import descriptors
 from xim_router.http.crowd import Crowd
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: router\r\n\r\n"
@@ -66,10 +66,21 @@ def test_a_crowd_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("descriptors", "most"), [(64, 32), (1_024, 896), (1_048_576, 917_504), (resource.RLIM_INFINITY, 2**63 - 1)]
+    ("limit", "clients", "strangers"),
+    [
+        (64, 32, 8),
+        (256, 128, 32),
+        (1_024, 896, 32),
+        (4_096, 3_584, 128),
+        (1_048_576, 917_504, 512),
+        (resource.RLIM_INFINITY, 2**63 - 1, 512),
+    ],
 )
-def test_some_descriptors_are_kept_for_others_than_clients(descriptors: int, most: int) -> None:
-    assert _most_connections(descriptors) == most
+def test_some_descriptors_are_kept_for_others_than_clients_and_strangers(
+    limit: int, clients: int, strangers: int
+) -> None:
+    assert descriptors.for_clients(limit) == clients
+    assert descriptors.for_unattached(limit) == strangers
 
 
 async def ended(reader: asyncio.StreamReader) -> bool:

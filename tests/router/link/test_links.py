@@ -11,7 +11,7 @@ from xim_protocol.codec import Frames
 from xim_protocol.ids import AgentId
 from xim_protocol.messages import Channel
 from xim_protocol.router_session import RouterSession
-from xim_router.link import links
+from xim_router import descriptors
 from xim_router.link.agent_link import AgentLink
 from xim_router.link.exchange import Exchange
 from xim_router.link.links import Links
@@ -145,7 +145,7 @@ async def test_an_old_link_is_not_looked_after_once_there_is_a_new_one() -> None
 
 
 async def test_a_connection_whose_first_word_has_come_is_not_among_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MOST_UNATTACHED", 2)
+    monkeypatch.setattr(descriptors, "MOST_UNATTACHED", 2)
     case = Case()
     case.sockets.arrived = lambda: case.links.bind(case.link, Channel.CONTROL, b"two", 10)
     for descriptor in (10, 11, 12, 13):

@@ -12,6 +12,7 @@ from zmq.utils.monitor import parse_monitor_message
 from tests.router.link.rig import Rig, until
 from tests.support.agent_stub import AgentStub, Dial
 from tests.support.programs import PATIENCE_S
+from xim_router import descriptors
 from xim_router.link import links
 
 
@@ -97,7 +98,7 @@ async def test_of_too_many_connections_the_oldest_are_shut_and_no_agents_link(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(links, "UNATTACHED_S", 3_600.0)
-    monkeypatch.setattr(links, "MOST_UNATTACHED", 4)
+    monkeypatch.setattr(descriptors, "MOST_UNATTACHED", 4)
     async with Rig("a", "b") as rig, rig.agent("a") as before, contextlib.AsyncExitStack() as strangers:
         opened = []
         for number in range(12):

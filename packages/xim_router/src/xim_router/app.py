@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import resource
 import socket
 import ssl
 import sys
@@ -23,6 +22,7 @@ import zmq
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
+from xim_router import descriptors
 from xim_router.control.errors import ControlError
 from xim_router.control.plane import ControlPlane
 from xim_router.dispatch.dispatcher import Dispatcher
@@ -63,7 +63,7 @@ def serve(settings: RouterSettings, worker: int | None = None) -> None:
     Raises:
         SystemExit: with `UNUSABLE_STATUS` where the router cannot start; the reason and the remedy are printed.
     """
-    _raise_descriptor_limit()
+    descriptors.raise_limit()
     # Its lines of start and stop say less than ours; its warnings and errors stay.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
@@ -193,7 +193,7 @@ class Router:
         listeners: list[socket.socket],
     ) -> None:
         settings, loop = self._settings, asyncio.get_running_loop()
-        crowd = Crowd(_most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+        crowd = Crowd(descriptors.for_clients(descriptors.limit()))
         configs = _http_config(front, metrics.refused, crowd, self._tls), _metrics_config(metrics.registry)
         # Without metrics the second has no listener, and is not served.
         servers = [(_Server(config), listener) for config, listener in zip(configs, listeners, strict=False)]
@@ -351,17 +351,3 @@ async def _ping(broker: Broker, interval_s: float) -> None:
     while True:
         await asyncio.sleep(interval_s / 2)
         broker.ping()
-
-
-def _raise_descriptor_limit() -> None:
-    """One client is one descriptor; the soft limit of most systems is 1,024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _most_connections(descriptors: int) -> int:
-    """What clients may take of a process's descriptors; the rest is for agents, the database, files and listeners."""
-    if descriptors == resource.RLIM_INFINITY:
-        return sys.maxsize
-    return max(descriptors // 2, descriptors - max(64, descriptors // 8))

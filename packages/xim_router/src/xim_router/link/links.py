@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from xim_protocol.codec import encode
 from xim_protocol.ids import AgentId
 from xim_protocol.messages import Channel, Goodbye, GoodbyeCode, Message
+from xim_router import descriptors
 from xim_router.link.agent_link import RETRY_INTERVAL_S, AgentLink
 from xim_router.link.silence import too_silent, watch_interval_s
 from xim_router.link.transport import RoutingId, SendResult, Transport
@@ -25,9 +26,6 @@ UNATTACHED_S = 20.0
 """How long a connection may belong to no link: an agent gives up what brings no Welcome, or no Attached, in 10 s."""
 REVOKED_UNATTACHED_S = 0.5
 """The same when somebody was revoked: time enough for others to say Hello and Attach."""
-MOST_UNATTACHED = 512
-"""So many may belong to no link; beyond them the oldest are shut. A descriptor each, of which the process has so many.
-An agent's two are among them for the moments of a handshake."""
 WARN_S = 60.0
 """Of too many of them is told once in this time."""
 
@@ -45,6 +43,8 @@ class Links:
         self._shutting: set[tuple[Channel, int]] = set()
         self._unattached: dict[tuple[Channel, int], asyncio.TimerHandle] = {}
         """In the order in which they came."""
+        # Beyond them the oldest are shut. An agent's two are among them for the moments of a handshake.
+        self._most_unattached = descriptors.for_unattached(descriptors.limit())
         self._thinning = False
         self._warned_at = -WARN_S
         self._touched: dict[AgentLink, None] = {}
@@ -120,7 +120,7 @@ class Links:
     def accepted(self, channel: Channel, descriptor: int) -> None:
         """A connection came; it must become part of a link in time."""
         self._give_time(channel, descriptor, UNATTACHED_S)
-        if len(self._unattached) > MOST_UNATTACHED and not self._thinning:
+        if len(self._unattached) > self._most_unattached and not self._thinning:
             self._thinning = True
             self._loop.call_soon(self._thin_out)
 
@@ -130,7 +130,7 @@ class Links:
         # What has come is taken in first: a Hello or an Attach in it makes its connection part of a link.
         self.transport.drain()
         self.transport.read_monitors()
-        while len(self._unattached) > MOST_UNATTACHED:
+        while len(self._unattached) > self._most_unattached:
             channel, descriptor = next(iter(self._unattached))
             self._attached(channel, descriptor)
             self.transport.shut_connection(descriptor)
@@ -141,7 +141,8 @@ class Links:
         if now >= self._warned_at + WARN_S:
             self._warned_at = now
             remedy = "Let only agents reach the agents' ports, or limit what one address may open there."
-            log.warning("too many connections of no agent, ending the oldest", extra={"remedy": remedy})
+            facts = {"most": self._most_unattached, "remedy": remedy}
+            log.warning("too many connections of no agent, ending the oldest", extra=facts)
 
     def shut_unattached(self) -> None:
         """Somebody was revoked, whose connections may be among those that said nothing yet."""
