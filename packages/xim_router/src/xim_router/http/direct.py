@@ -9,9 +9,11 @@ All knowledge of uvicorn's inside stands in this module, and `tests/router/http/
 
 import array
 import fcntl
+import socket
+import struct
 import termios
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
@@ -19,7 +21,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 Headers = Iterable[tuple[bytes, bytes]]
 """Lower-case names, and values without line breaks: nobody looks at them again."""
 
-_BODYLESS = frozenset({204, 304})
+BODYLESS = frozenset({204, 304})
+"""Statuses of answers that end with their head, and have no length (RFC 9110, sections 6.4.1 and 8.6)."""
 
 
 class ChunkWriter(Protocol):
@@ -47,6 +50,32 @@ class ChunkWriter(Protocol):
         """Close the connection now, without flushing."""
 
 
+class CloseDelimitedCycle(RequestResponseCycle):
+    """A request of HTTP/1.0. An answer without a length ends with the connection (RFC 9112, sections 6.1 and 6.3).
+
+    uvicorn alone would send it in chunks, which such a client takes for the body.
+    """
+
+    _unframed = False
+
+    async def send(self, message: Any) -> None:
+        """As uvicorn's, which is told of each piece that it is all that it waits for."""
+        if message["type"] == "http.response.start":
+            self._unframed = all(name != b"content-length" for name, _ in message.get("headers", ()))
+            if self._unframed:
+                self.chunked_encoding = False
+        elif self._unframed:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
+def suit(cycle: RequestResponseCycle) -> None:
+    """Make of a request what its version of HTTP needs; before it is answered."""
+    if cycle.scope["http_version"] == "1.0":
+        cycle.__class__ = CloseDelimitedCycle
+        cycle.waiting_for_100_continue = False  # it knows no such answer (RFC 9110, section 15.2)
+
+
 class UvicornWriter:
     """The transport behind one uvicorn request."""
 
@@ -60,7 +89,7 @@ class UvicornWriter:
     def begin(self, status: int, headers: Headers, payload: bytes) -> bool:
         """Write head and first chunk with one call, unless `send` would do anything else than write them."""
         cycle = self._cycle
-        if not self._may_begin() or status in _BODYLESS:
+        if not self._may_begin() or status in BODYLESS or isinstance(cycle, CloseDelimitedCycle):
             return False
         head = self._head(status, headers, b"transfer-encoding: chunked\r\n")
         cycle.chunked_encoding = True
@@ -137,6 +166,10 @@ class UvicornWriter:
 
     def abort(self) -> None:
         """Close the connection now, without flushing."""
+        if isinstance(self._cycle, CloseDelimitedCycle) and not self._transport.is_closing():
+            # To this client an ordinary end would be the end of a whole answer: reset the connection.
+            reset = struct.pack("ii", 1, 0)
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         # Not asked for its class: uvloop's transports are none of asyncio's.
         self._transport.abort()
 

@@ -21,6 +21,7 @@ from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from xim_router.http.crowd import Crowd
+from xim_router.http.direct import suit
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer, client_request_id, new_request_id
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """A head is whole, or a request that came behind another one has its turn."""
+        suit(cycle)
         self._running = cycle
         if self._arriving:
             self._unstarted = cycle, app

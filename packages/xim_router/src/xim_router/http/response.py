@@ -18,7 +18,7 @@ from starlette.types import Message, Send
 from xim_protocol.messages import FailCode
 from xim_protocol.routes import Route, TerminalEvent
 from xim_router.dispatch.effects import Rejection
-from xim_router.http.direct import chunk_writer
+from xim_router.http.direct import BODYLESS, chunk_writer
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer
 from xim_router.http.rejections import error_of
 from xim_router.http.resumed import Resumed
@@ -160,7 +160,9 @@ class HttpResponse:
             self._release(self._held)
             self.sent_bytes += len(body)
             status, headers = self._head_of_answer(empty=not body)
-            self._whole(status, [*headers, (b"content-length", str(len(body)).encode())], body)
+            if status not in BODYLESS:
+                headers.append((b"content-length", str(len(body)).encode()))
+            self._whole(status, headers, body)
         else:
             self._finish(b"")
         return None
@@ -247,8 +249,8 @@ class HttpResponse:
 
     def _head_of_answer(self, *, empty: bool = False) -> tuple[int, list[tuple[bytes, bytes]]]:
         status, content_type = self._head or (200, b"application/json")
-        if status in (204, 304) and not empty:
-            status = UNSAYABLE_STATUS  # these have no body (RFC 9110, section 6.4.1): it would be taken for an answer
+        if status in BODYLESS and not empty:
+            status = UNSAYABLE_STATUS  # its body would be taken for an answer
         headers = [(b"content-type", content_type), (REQUEST_ID_HEADER, self._request_id.encode())]
         if self._event_stream:
             # Proxies in front must neither store nor gather an event stream.
