@@ -59,6 +59,12 @@ TOLD = [
     ("OSError: [Errno 28] No space left on device: '/cache/vllm/x'", Trouble.DISK_FULL),
     ("PermissionError: [Errno 13] Permission denied: '/var/lib/inference/.cache'", Trouble.NOT_PERMITTED),
     ("OSError: [Errno 30] Read-only file system: '/var/lib/inference/.cache'", Trouble.NOT_PERMITTED),
+    ("ValueError: Couldn't instantiate the backend tokenizer from one of: ", Trouble.TOKENIZER),
+    ("OSError: Can't load tokenizer for '/models/x'. If you were trying to load it from 'https://", Trouble.TOKENIZER),
+    (  # a broken tokenizer.json: what follows says JSONDecodeError, and not of which file
+        '  File "/usr/lib/python3/site-packages/vllm/tokenizers/registry.py", line 265, in get_tokenizer',
+        Trouble.TOKENIZER,
+    ),
 ]
 
 

@@ -49,6 +49,16 @@ def test_a_model_type_that_needs_the_checkpoints_own_code_is_told() -> None:
     assert "model code" not in {each.option for each in planned("h200").decisions}
 
 
+def test_weights_without_a_tokenizer_are_told() -> None:
+    at_hand = replace(model("llama-3.1-8b"), checkpoint_bytes=16 * 10**9, has_tokenizer=False)
+    (warning,) = planned("h200", at_hand).warnings
+    assert "has no tokenizer. Copy its files there" in warning
+    for args in ("--tokenizer /other", "--skip-tokenizer-init"):
+        assert not planned("h200", at_hand, VLLM_ARGS=args).warnings
+    assert not planned("h200", replace(at_hand, has_tokenizer=True)).warnings
+    assert not planned("h200", replace(at_hand, checkpoint_bytes=None)).warnings  # a model that is not at hand
+
+
 def test_the_agents_own_environment_wins_over_defaults_and_vllm_env_over_all() -> None:
     plan = planned(
         "h200",

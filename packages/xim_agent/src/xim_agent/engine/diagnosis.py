@@ -23,6 +23,7 @@ class Trouble(StrEnum):
     KILLED = "killed"
     MODEL_NOT_FOUND = "model_not_found"
     WEIGHTS_CORRUPT = "weights_corrupt"
+    TOKENIZER = "tokenizer"
     MODEL_UNKNOWN = "model_unknown"
     NO_GPU = "no_gpu"
     DISK_FULL = "disk_full"
@@ -34,6 +35,7 @@ FINAL = frozenset(
     {
         Trouble.MODEL_NOT_FOUND,
         Trouble.WEIGHTS_CORRUPT,
+        Trouble.TOKENIZER,
         Trouble.MODEL_UNKNOWN,
         Trouble.NO_GPU,
         Trouble.NOT_PERMITTED,
@@ -168,6 +170,15 @@ _SIGNS: tuple[_Sign, ...] = (
         r"|(\S+ does not appear to have a file named config\.json)|LocalEntryNotFoundError|OfflineModeIsEnabled",
         "the model is not there",
         _MODEL_REMEDY,
+    ),
+    _sign(
+        Trouble.TOKENIZER,
+        # What is wrong with a broken file is said in the file format's words alone; where, by the traceback.
+        r"Couldn't instantiate the backend tokenizer|Can't load tokenizer for ('[^']*')"
+        r"|File \"\S*/vllm/tokenizers/\S+\", line \d+, in (?:get_tokenizer|from_pretrained)",
+        "the model's tokenizer is missing or cannot be read",
+        "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, or tokenizer.model) beside the weights "
+        "again, or name another one: --tokenizer in XEROTIER_AGENT_VLLM_ARGS",
     ),
     _sign(
         Trouble.MODEL_UNKNOWN,

@@ -51,7 +51,12 @@ def choose_device(given: Given) -> Decision:
     )
 
 
-def choose_devices(given: Given) -> Decision | None:
+def choose_masks(given: Given) -> list[Decision | None]:
+    """Which devices the engine sees, and by which numbers."""
+    return [_devices(given), _device_order(given)]
+
+
+def _devices(given: Given) -> Decision | None:
     """The mask of devices, when the operator set one."""
     masks = {
         CUDA_MASK: given.settings.cuda_visible_devices,
@@ -70,7 +75,7 @@ def choose_devices(given: Given) -> Decision | None:
     )
 
 
-def choose_device_order(given: Given) -> Decision | None:
+def _device_order(given: Given) -> Decision | None:
     """CUDA's numbers of the devices, where they matter, as nvidia-smi and this plan count them: along the PCI bus.
     CUDA itself puts the fastest first, so on a machine with several kinds a mask would name another one."""
     mask = given.settings.cuda_visible_devices or given.inherited.get(CUDA_MASK)

@@ -99,10 +99,9 @@ def plan_engine(given: Given) -> EnginePlan:
     concurrency = context.choose_concurrency(given, budget, sequences)
     decisions: list[Decision | None] = [
         accelerator.choose_device(given),
-        accelerator.choose_devices(given),
-        accelerator.choose_device_order(given),
+        *accelerator.choose_masks(given),
         _runner(given),
-        _model_code(given),
+        *_checkpoint(given),
         dtype,
         quantized,
         spread,
@@ -169,6 +168,11 @@ def _runner(given: Given) -> Decision | None:
     )
 
 
+def _checkpoint(given: Given) -> list[Decision | None]:
+    """What lies beside the weights, or should."""
+    return [_model_code(given), _tokenizer(given)]
+
+
 def _model_code(given: Given) -> Decision | None:
     """Whether the checkpoint's own code may run, where vLLM cannot read the model without; to trust it is the
     operator's to say."""
@@ -184,6 +188,22 @@ def _model_code(given: Given) -> Decision | None:
         source=Source.DEFAULT,
         reason=reason,
         warning=f"vLLM will refuse the model: {reason}. XEROTIER_AGENT_VLLM_ARGS={TRUST} lets it run.",
+    )
+
+
+def _tokenizer(given: Given) -> Decision | None:
+    """A word where the weights are at hand and nothing that vLLM would read a tokenizer from."""
+    model = given.model
+    elsewhere = given.words.has("--tokenizer") or given.words.has("--skip-tokenizer-init")
+    if model.has_tokenizer or model.checkpoint_bytes is None or elsewhere:
+        return None
+    return Decision(
+        option="tokenizer",
+        value="none",
+        source=Source.MODEL,
+        reason="no file of one lies beside the weights",
+        warning=f"vLLM will refuse the model: {model.path} has no tokenizer. Copy its files there (tokenizer.json, "
+        "tokenizer_config.json), or name another one: --tokenizer in XEROTIER_AGENT_VLLM_ARGS.",
     )
 
 
