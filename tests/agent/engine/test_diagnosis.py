@@ -137,3 +137,10 @@ def test_the_kernels_count_is_read_where_it_is_kept(tmp_path: Path) -> None:
     assert oom_kills(vmstat) == 3
     vmstat.write_text("nr_free_pages 5\n")
     assert oom_kills(vmstat) is None
+
+
+def test_a_tokenizer_that_may_not_be_read_is_a_matter_of_permission() -> None:
+    frame = '  File "/usr/lib/python3/site-packages/vllm/tokenizers/hf.py", line 181, in from_pretrained'
+    found = diagnose([frame, "PermissionError: [Errno 13] Permission denied: '/models/x/tokenizer.json'"], 1)
+    assert found is not None
+    assert found.trouble is Trouble.NOT_PERMITTED

@@ -172,15 +172,6 @@ _SIGNS: tuple[_Sign, ...] = (
         _MODEL_REMEDY,
     ),
     _sign(
-        Trouble.TOKENIZER,
-        # What is wrong with a broken file is said in the file format's words alone; where, by the traceback.
-        r"Couldn't instantiate the backend tokenizer|Can't load tokenizer for ('[^']*')"
-        r"|File \"\S*/vllm/tokenizers/\S+\", line \d+, in (?:get_tokenizer|from_pretrained)",
-        "the model's tokenizer is missing or cannot be read",
-        "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, or tokenizer.model) beside the weights "
-        "again, or name another one: --tokenizer in XEROTIER_AGENT_VLLM_ARGS",
-    ),
-    _sign(
         Trouble.MODEL_UNKNOWN,
         r"(Model architectures \[[^]]*\]) (?:are not supported|failed to be inspected)"
         r"|(Transformers does not recognize this architecture)|(Unknown quantization method: \S+)"
@@ -194,6 +185,15 @@ _SIGNS: tuple[_Sign, ...] = (
         r"(?:PermissionError: \[Errno 13\] Permission denied|OSError: \[Errno 30\] Read-only file system): ('[^']*')",
         "the engine may not use a file",
         "Give it to the user that runs the agent: sudo chown -R {owner} <directory>",
+    ),
+    _sign(
+        Trouble.TOKENIZER,
+        # What is wrong with a broken file is said in the file format's words alone; where, by the traceback.
+        r"Couldn't instantiate the backend tokenizer|Can't load tokenizer for ('[^']*')"
+        r"|File \"\S*/vllm/tokenizers/\S+\", line \d+, in (?:get_tokenizer|from_pretrained)",
+        "the model's tokenizer is missing or cannot be read",
+        "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, or tokenizer.model) beside the weights "
+        "again, or name another one: --tokenizer in XEROTIER_AGENT_VLLM_ARGS",
     ),
 )
 """Most telling first: a full disk breaks weights, and an ended worker breaks whoever waits for it."""
