@@ -178,6 +178,17 @@ def test_an_unset_salt_and_a_tight_lease_are_advised_against() -> None:
     assert advice(load_settings({A + "VLLM_SALT_SECRET": "s"})) == []
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31)  # a user without an entry, as in a container
+    for given in ({}, {A + "CONFIG_DIR": "/c", A + "MODEL_CACHE_PATH": "/m"}):  # LMCache's folder is in the home too
+        with pytest.raises(SettingsInvalid, match="XEROTIER_AGENT_HOME='': this user has no home directory"):
+            load_settings(given)
+    load_settings({A + "HOME": "/srv/x"})
+
+
 def test_the_config_directory_follows_the_home() -> None:
     assert load_settings({A + "HOME": "/srv/x"}).config_directory == Path("/srv/x/.config/xerotier")
     assert load_settings({A + "CONFIG_DIR": "/c", A + "HOME": "/srv/x"}).config_directory == Path("/c")

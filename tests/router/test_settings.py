@@ -1,5 +1,6 @@
 """The router's settings: read from the environment, every mistake in one message, secrets masked."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,16 @@ def test_a_value_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, v
     assert problem.variable == f"XEROTIER_ROUTER_{variable}"
     assert str(caught.value).isascii()
     assert ("caf" in str(caught.value)) is (variable in ("DATA_DIR", "SECRET_KEY_FILE", "ENROLL_URL"))
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31)  # a user without an entry, as in a container
+    with pytest.raises(SettingsInvalid, match="XEROTIER_ROUTER_DATA_DIR: this user has no home directory"):
+        load_settings()
+    monkeypatch.setenv("XEROTIER_ROUTER_DATA_DIR", str(tmp_path))
+    assert load_settings().data_dir == tmp_path
 
 
 def test_a_home_that_is_not_utf_8_needs_another_data_directory(monkeypatch: pytest.MonkeyPatch) -> None:

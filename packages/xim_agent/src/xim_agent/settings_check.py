@@ -73,9 +73,21 @@ def load_settings(flags: Mapping[str, object]) -> AgentSettings:
         SettingsInvalid: one or more values break their rule.
     """
     try:
-        return AgentSettings(**dict(flags))  # type: ignore[arg-type]  # by alias; pydantic checks each
+        settings = AgentSettings(**dict(flags))  # type: ignore[arg-type]  # by alias; pydantic checks each
     except ValidationError as error:
         raise SettingsInvalid([_problem(details) for details in error.errors()]) from None
+    _require_home(settings)
+    return settings
+
+
+def _require_home(settings: AgentSettings) -> None:
+    """A user without a home, as a number without an entry in a container is one, has to name its directories."""
+    try:
+        _ = settings.config_directory, settings.cache_directory
+    except RuntimeError:
+        rule = "this user has no home directory, which would take its place"
+        remedy = "Set it to an absolute path."
+        raise SettingsInvalid([Problem(variable=f"{PREFIX}HOME", value="", rule=rule, remedy=remedy)]) from None
 
 
 def warnings(variables: Mapping[str, str] | None = None) -> list[str]:

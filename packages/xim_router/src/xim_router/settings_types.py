@@ -49,7 +49,18 @@ def secret_key_digits(value: SecretStr) -> SecretStr:
 
 
 def data_dir() -> Path:
-    return platformdirs.user_data_path("xerotier-router")
+    """Where the XDG data home is.
+
+    Raises:
+        SettingsInvalid: the user has no home, as a number without an entry in a container has none.
+    """
+    try:
+        return platformdirs.user_data_path("xerotier-router")
+    except RuntimeError:
+        rule = "this user has no home directory, in which it would be"
+        remedy = "Set it to an absolute path."
+        problem = Problem(variable="XEROTIER_ROUTER_DATA_DIR", value=None, rule=rule, remedy=remedy)
+        raise SettingsInvalid([problem]) from None
 
 
 HOST = r"^[A-Za-z0-9._:%*-]+$"
