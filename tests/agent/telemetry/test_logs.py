@@ -60,3 +60,10 @@ def test_a_traceback_is_kept(formatter: logging.Formatter) -> None:
         kind, trace = type(error), error.__traceback__
         record = logging.LogRecord("x", logging.ERROR, "f", 1, "failed", None, (kind, error, trace))
     assert "ValueError: cause" in formatter.format(record)
+
+
+def test_without_standard_error_nothing_is_written_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has none where whoever started the agent closed it: the agent ended at once, and could not say why."""
+    monkeypatch.setattr("sys.stderr", None)
+    configure("info")
+    logging.getLogger("x").warning("unheard")

@@ -28,8 +28,10 @@ def configure(level: str, stream: TextIO | None = None) -> None:
     stream = sys.stderr if stream is None else stream
     logging.addLevelName(TRACE, "TRACE")
     logging.addLevelName(NOTICE, "NOTICE")
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(ReadableFormatter() if stream.isatty() else JsonFormatter())
+    handler: logging.Handler = logging.NullHandler()
+    if stream is not None:  # standard error may have been closed by whoever started this
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(ReadableFormatter() if stream.isatty() else JsonFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
