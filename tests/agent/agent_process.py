@@ -90,8 +90,11 @@ class AgentProcess:
 
 
 @asynccontextmanager
-async def agent_process(tmp_path: Path, enroll: FakeRouter | None, **settings: str) -> AsyncIterator[AgentProcess]:
-    """The agent with these settings (without their prefix); killed at the end if it still runs."""
+async def agent_process(
+    tmp_path: Path, enroll: FakeRouter | None, *, without_input: bool = False, **settings: str
+) -> AsyncIterator[AgentProcess]:
+    """The agent with these settings (without their prefix); killed at the end if it still runs. `without_input`: its
+    standard input is closed."""
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
     shutil.copy(TINY_MODEL / "config.json", model)
@@ -108,6 +111,7 @@ async def agent_process(tmp_path: Path, enroll: FakeRouter | None, **settings: s
     } | settings
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("XEROTIER_")}
     process = await asyncio.create_subprocess_exec(
+        *(("/bin/sh", "-c", 'exec "$@" <&-', "sh") if without_input else ()),
         *(sys.executable, "-m", "xim_agent", "run"),
         env={**inherited, **{f"XEROTIER_AGENT_{name}": value for name, value in given.items()}},
         stderr=asyncio.subprocess.PIPE,

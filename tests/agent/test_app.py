@@ -81,6 +81,17 @@ async def test_from_a_join_key_to_an_answer_to_an_orderly_end(tmp_path: Path) ->
             assert enroll.key().encode() not in "\n".join(agent.lines)
 
 
+async def test_it_serves_whose_standard_input_is_closed(tmp_path: Path) -> None:
+    """Some daemons start others so. What was opened first took its place, and was handed to the engine's guard."""
+    async with enrollment_router() as enroll, RouterStub() as router:
+        enroll.answers.append(granted(router))
+        async with agent_process(tmp_path, enroll, without_input=True) as agent:
+            await ready(router)
+            assert (await router.ask(chat({"chunks": 3}))).ended
+            agent.signal()
+            assert await agent.ended() == 0
+
+
 async def test_a_restart_needs_no_join_key(tmp_path: Path) -> None:
     async with enrollment_router() as enroll, RouterStub() as router:
         for join_key in (enroll, None):
@@ -314,8 +325,10 @@ async def test_an_engine_that_crashes_keeps_the_lease_and_refuses_until_it_is_ba
 async def test_an_engine_that_stays_away_is_failed_after_the_timeout(tmp_path: Path) -> None:
     async with enrollment_router() as enroll, RouterStub() as router:
         enroll.answers.append(granted(router))
-        limits = {"DEGRADED_TO_FAILED_TIMEOUT_SECONDS": "1", "HEALTH_CHECK_INTERVAL": "3600"}
-        async with agent_process(tmp_path, enroll, VLLM_ARGS="--fake-start-seconds 3", **limits) as agent:
+        slow = "--fake-start-seconds 3"
+        async with agent_process(
+            tmp_path, enroll, VLLM_ARGS=slow, DEGRADED_TO_FAILED_TIMEOUT_SECONDS="1", HEALTH_CHECK_INTERVAL="3600"
+        ) as agent:
             await ready(router)
             next(child for child in agent.children() if is_main(child)).kill()
             await agent.says("state", state="failed", before="degraded")

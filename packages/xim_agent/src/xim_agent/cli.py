@@ -8,6 +8,7 @@ another start would only repeat.
 import asyncio
 import io
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -27,6 +28,9 @@ from xim_agent.telemetry import logs
 from xim_protocol.enrollment import JoinKey, JoinKeyError
 
 log = logging.getLogger(__name__)
+
+STANDARD_ERROR = 2
+"""The last of the three descriptors that every program has."""
 
 
 class OperatorError(click.ClickException):
@@ -165,10 +169,22 @@ def ceilings() -> str:
     )
 
 
+def _hold_standard_descriptors() -> None:
+    """Put the null device in the place of standard input, output and error where whoever started this closed them.
+
+    The next file that is opened would take the place, and be the engine's input or get what a library says.
+    """
+    opened = os.open(os.devnull, os.O_RDWR)
+    while opened <= STANDARD_ERROR:
+        opened = os.open(os.devnull, os.O_RDWR)
+    os.close(opened)
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version=version(), prog_name="xerotier-xim-agent")
 def main() -> None:
     """The XIM agent: runs vLLM next to its GPU or CPU and serves a router's requests with it."""
+    _hold_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may be of bytes that are no text
             stream.reconfigure(errors="backslashreplace")
