@@ -8,6 +8,7 @@ import pytest
 from tests.agent.planning.givens import decision, given, machine, model, planned, words
 from xim_agent.facts.hardware import HardwareFacts
 from xim_agent.planning.decision import Decision, Device, Source
+from xim_agent.planning.engine_facts import EngineFacts
 from xim_agent.planning.parallelism import size_of
 
 OPTION = "tensor parallel size"
@@ -154,6 +155,9 @@ def test_experts_that_copies_share_out_are_vllms_to_judge() -> None:
     spread = "--data-parallel-size 8 --enable-expert-parallel"
     assert not planned(h200s, "deepseek-v3", VLLM_ARGS=spread).problems
     assert planned(h200s, "deepseek-v3", VLLM_ARGS="--data-parallel-size 8").problems
+    small = replace(machine("l40s"), gpus=machine("l40s").gpus * 8)
+    sparse = planned(small, "qwen3-30b-a3b", VLLM_ARGS=spread, engine=EngineFacts())  # an eighth of its experts fits
+    assert decision(sparse, "quantization").value == "none"
     dense = planned(h200s, replace(model("deepseek-v3"), moe=None), VLLM_ARGS=spread)
     assert dense.problems
 

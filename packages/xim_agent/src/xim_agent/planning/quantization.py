@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from xim_agent.planning.budget import Budget, shortest_context
 from xim_agent.planning.decision import Decision, Device, Given, Source, said
+from xim_agent.planning.parallelism import shares_experts
 
 OPTION = "quantization"
 FLAG = "--quantization"
@@ -72,6 +73,8 @@ def _chosen(given: Given, value: str, source: Source, reason: str, *, passed: bo
 
 def _by_fit(given: Given, budget_for: BudgetFor) -> Decision:
     """Nothing where the weights fit as they are; else the method that loses least among those that run here."""
+    if shares_experts(given):
+        return _none(Source.AUTOMATIC, "whether it fits cannot be told: copies of the model share its experts out")
     plain = budget_for(None)
     context = shortest_context(given)
     fits = plain.context_fits(given, context)
