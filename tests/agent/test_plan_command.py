@@ -182,6 +182,18 @@ def test_what_outlives_a_start_lies_beside_the_model_cache(tmp_path: Path) -> No
     assert surroundings(tmp_path).places.caches == tmp_path / ".cache" / "xerotier"
 
 
+def test_agents_with_config_directories_of_one_relative_name_have_sockets_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One agent for each GPU, each started in a directory of its own: the second took the socket of the first."""
+    paths = set()
+    for name in ("gpu0", "gpu1"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        paths.add(surroundings(tmp_path, CONFIG_DIR="config").places.socket_path)
+    assert len(paths) == 2
+
+
 def test_a_socket_path_that_is_too_long_names_its_setting(tmp_path: Path) -> None:
     with pytest.raises(PlaceUnusable, match="VLLM_SOCKET_PATH"):
         surroundings(tmp_path, VLLM_SOCKET_PATH="/" + "x" * 200).plan(WANTED)

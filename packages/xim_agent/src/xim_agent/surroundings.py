@@ -131,7 +131,8 @@ def places_of(settings: AgentSettings, executable: str) -> Places:
     config = settings.config_directory
     return Places(
         executable=executable,
-        socket_path=settings.vllm_socket_path or default_socket_path(Path(tempfile.gettempdir()), os.getuid(), config),
+        socket_path=settings.vllm_socket_path
+        or default_socket_path(Path(tempfile.gettempdir()), os.getuid(), config.absolute()),
         config=config,
         caches=settings.model_cache_directory.parent,
         lmcache=settings.cache_directory / "lmcache",
