@@ -37,3 +37,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     # The next full collection waits for a quarter of what the last one left: let that be nothing.
     gc.collect()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Note how the run ended: `.ci/run` runs again what failed in one that came to its end, and in no other."""
+    cache = session.config.cache
+    if cache is not None:
+        cache.set("run/exitstatus", int(exitstatus))
