@@ -123,7 +123,7 @@ async def test_a_program_that_does_not_exist_is_named(socket_path: Path) -> None
 
 async def test_a_process_that_cannot_be_made_is_tried_again_and_given_up_with_a_remedy(socket_path: Path) -> None:
     """Here an argument is too long for the system; without memory or descriptors it is the same error."""
-    async with running(fake_vllm(socket_path, "x" * 200_000)) as (engine, states, task):
+    async with running(fake_vllm(socket_path, "x" * 4_000_000)) as (engine, states, task):
         with pytest.raises(EngineFailed, match=r"no process could be made for vLLM: Argument list too long.*ulimit"):
             await task
     assert states.seen.count(S.STARTING) == 3

@@ -339,7 +339,7 @@ async def test_a_fault_of_ours_at_a_deadline_is_an_error_of_the_link_as_one_in_a
     def faulty(now: float) -> list[AgentEvent]:
         raise ZeroDivisionError("a fault of ours")
 
-    async with RouterStub() as router, agent(router, settings=config(lease_s=0.6)) as node:
+    async with RouterStub() as router, agent(router, settings=config(lease_s=3.0)) as node:
         await node.linked()
         monkeypatch.setattr(node.connection.session, "handle_timeout", faulty)
         async with asyncio.timeout(PATIENCE_S):
