@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 
 def blocks_kept(work: Callable[[], object], times: int) -> float:
@@ -19,6 +19,21 @@ def blocks_kept(work: Callable[[], object], times: int) -> float:
         before = sys.getallocatedblocks()
         for _ in range(times):
             work()
+        return (sys.getallocatedblocks() - before) / times
+    finally:
+        gc.enable()
+
+
+async def blocks_kept_by(work: Callable[[], Awaitable[object]], times: int) -> float:
+    """The same of work that waits."""
+    for _ in range(times // 10):
+        await work()
+    gc.collect()
+    gc.disable()
+    try:
+        before = sys.getallocatedblocks()
+        for _ in range(times):
+            await work()
         return (sys.getallocatedblocks() - before) / times
     finally:
         gc.enable()

@@ -37,6 +37,40 @@ _GENERATIONS_KEPT = 512
 # So much later than another router's may a report of an agent be written.
 _LATE_S = 60.0
 
+# What a router asks and writes all the time is made once. A statement's parameters refer to themselves: made anew each
+# time, they would wait for the garbage collector, up to 100 KB of them.
+_VERSION = select(tables.installation.c.catalog_version)
+_RAISE_VERSION = update(tables.installation).values(catalog_version=tables.installation.c.catalog_version + 1)
+# Every router writes of the same agents: they lock the rows in one order, or two could wait for each other.
+_LOCK_AGENTS = (
+    select(tables.agents.c.id)
+    .where(tables.agents.c.id.in_(bindparam("agents", expanding=True)))
+    .order_by(tables.agents.c.id)
+    .with_for_update(key_share=True)
+)
+_SEEN: ColumnElement[float] = bindparam("seen")
+_LAST = tables.agents.c.last_seen_at
+_AGENT_SEEN = (
+    update(tables.agents)
+    .where(
+        tables.agents.c.id == bindparam("agent"),
+        # What is later by more than reports are late was written by a clock that was wrong, and would stay for long.
+        or_(_LAST.is_(None), _LAST <= _SEEN, _LAST > _SEEN + _LATE_S),
+    )
+    .values(last_seen_at=_SEEN, state=bindparam("state_word"))
+)
+_EXTEND_MEMBER = (
+    update(tables.members)
+    .where(tables.members.c.id == bindparam("member"))
+    .values(seen_at=unix_now(), expires_at=unix_now() + bindparam("lease_s", type_=tables.members.c.expires_at.type))
+)
+# One that renews its lease at this moment is not over, and may be about to wait for us in its turn.
+_DROP_EXPIRED_MEMBERS = delete(tables.members).where(
+    tables.members.c.id.in_(
+        select(tables.members.c.id).where(tables.members.c.expires_at <= unix_now()).with_for_update(skip_locked=True)
+    )
+)
+
 
 class Taken(Exception):
     """A row breaks a constraint: its name, slug or key is taken, or what it refers to is gone by now."""
@@ -50,12 +84,11 @@ class Transaction:
 
     async def version(self) -> int:
         """The catalog's version."""
-        return int((await self._connection.execute(select(tables.installation.c.catalog_version))).scalar_one())
+        return int((await self._connection.execute(_VERSION)).scalar_one())
 
     async def raise_version(self) -> None:
         """Tell every router that the catalog changed."""
-        column = tables.installation.c.catalog_version
-        await self._connection.execute(update(tables.installation).values({column: column + 1}))
+        await self._connection.execute(_RAISE_VERSION)
 
     async def canary(self) -> bytes | None:
         """What proves the secret key, or None when no router has written it yet."""
@@ -74,9 +107,9 @@ class Transaction:
         endpoints = select(tables.endpoints).order_by(tables.endpoints.c.created_at, tables.endpoints.c.id)
         return Snapshot(
             version=await self.version(),
-            endpoints=tuple(_endpoint(row) for row in await self._rows(endpoints)),
-            api_keys=tuple(_api_key(row) for row in await self._rows(keys)),
-            agents=tuple(_agent(row) for row in await self._rows(select(tables.agents))),
+            endpoints=tuple([_endpoint(row) for row in await self._rows(endpoints)]),
+            api_keys=tuple([_api_key(row) for row in await self._rows(keys)]),
+            agents=tuple([_agent(row) for row in await self._rows(select(tables.agents))]),
             members=tuple(await self.members()),
         )
 
@@ -206,20 +239,10 @@ class Transaction:
 
         That an agent has left says the router that lost it. The latest report counts, in whichever order they come.
         """
-        reports = list(reports)
-        table = tables.agents
-        # Every router writes of the same agents: they lock the rows in one order, or two could wait for each other.
-        named = select(table.c.id).where(table.c.id.in_([each.agent for each in reports])).order_by(table.c.id)
-        await self._connection.execute(named.with_for_update(key_share=True))
-        seen: ColumnElement[float] = bindparam("seen")
-        last = table.c.last_seen_at
-        # What is later by more than reports are late was written by a clock that was wrong, and would stay for long.
-        latest = or_(last.is_(None), last <= seen, last > seen + _LATE_S)
-        its_row = table.c.id == bindparam("agent")
-        statement = update(table).where(its_row, latest).values(last_seen_at=seen, state=bindparam("state_word"))
         rows = [{"agent": each.agent, "seen": each.seen_at, "state_word": each.state} for each in reports]
         if rows:
-            await self._connection.execute(statement, rows)
+            await self._connection.execute(_LOCK_AGENTS, {"agents": [row["agent"] for row in rows]})
+            await self._connection.execute(_AGENT_SEEN, rows)
 
     async def refresh_tokens(self, agent: AgentId) -> list[RefreshTokenRecord]:
         """The agent's whole family of refresh tokens."""
@@ -264,9 +287,7 @@ class Transaction:
 
     async def extend_member(self, member_id: str, lease_s: float) -> bool:
         """Renew the lease of a registered router; False when there is none."""
-        table = tables.members
-        values = {"seen_at": unix_now(), "expires_at": unix_now() + lease_s}
-        return await self._changed(update(table).where(table.c.id == member_id).values(values))
+        return await self._changed(_EXTEND_MEMBER, {"member": member_id, "lease_s": lease_s})
 
     async def drop_member(self, member_id: str) -> bool:
         """Take a router out; False when there is none."""
@@ -274,13 +295,10 @@ class Transaction:
 
     async def drop_expired_members(self) -> bool:
         """Take out every router whose lease is over; False when there is none."""
-        table = tables.members
-        # One that renews its lease at this moment is not over, and may be about to wait for us in its turn.
-        over = select(table.c.id).where(table.c.expires_at <= unix_now()).with_for_update(skip_locked=True)
-        return await self._changed(delete(table).where(table.c.id.in_(over)))
+        return await self._changed(_DROP_EXPIRED_MEMBERS)
 
-    async def _changed(self, statement: Update | Delete) -> bool:
-        return (await self._connection.execute(statement)).rowcount > 0
+    async def _changed(self, statement: Update | Delete, values: Mapping[str, object] | None = None) -> bool:
+        return (await self._connection.execute(statement, values)).rowcount > 0
 
     async def _rows(self, query: Select[Any]) -> Iterable[Row[Any]]:
         rows: Iterable[Row[Any]] = (await self._connection.execute(query)).all()
@@ -325,7 +343,7 @@ class Store:
         Raises:
             DatabaseUnavailable: it does not answer.
         """
-        return int(await self._database.value(select(tables.installation.c.catalog_version)))
+        return int(await self._database.value(_VERSION))
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[Transaction]:
