@@ -6,6 +6,7 @@ publisher know is asked for at scrape time. Rows, labels and buckets stand in `r
 """
 
 import asyncio
+import sys
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ class _HotCollector(Collector):
 
 
 class _LinkCollector(Collector):
-    """Asks the broker, and counts the loop's tasks."""
+    """Asks the broker, and counts the loop's tasks and the process's memory."""
 
     def __init__(self, metrics: "RouterMetrics") -> None:
         self._metrics = metrics
@@ -233,6 +234,7 @@ class _LinkCollector(Collector):
         yield _measured(rows.EXCHANGES, reading.exchanges)
         yield _measured(rows.STREAMS, reading.streams)
         yield _measured(rows.TASKS, _tasks())
+        yield _measured(rows.MEMORY_BLOCKS, sys.getallocatedblocks())
 
 
 class _StateCollector(Collector):

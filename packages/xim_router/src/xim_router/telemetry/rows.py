@@ -117,6 +117,11 @@ CREDIT_OWED_BYTES = _gauge(
 EXCHANGES = _gauge("xim_router_exchanges", "Requests that hold a place or a slot now.")
 STREAMS = _gauge("xim_router_streams", "Streams that the sessions with agents know now.")
 TASKS = _gauge("xim_router_tasks", "Tasks of the event loop: one per client, and a few of the router's own.")
+MEMORY_BLOCKS = _gauge(
+    "xim_router_memory_blocks",
+    "Memory that Python uses now, in blocks of up to 512 bytes. Resident memory keeps the height of the highest load; "
+    "this falls back, and grows from day to day only where something leaks.",
+)
 
 QUEUE_DEPTH = _gauge("xim_router_queue_depth", "Requests parked now.", "project", "endpoint")
 IN_FLIGHT = _gauge("xim_router_in_flight", "Requests of this router in flight now.", "project", "agent")
@@ -153,6 +158,7 @@ ROWS: tuple[Row, ...] = (
     EXCHANGES,
     STREAMS,
     TASKS,
+    MEMORY_BLOCKS,
     CREDIT_STALLED,
     CLIENT_STALLED,
     PROTOCOL_FAULTS,
