@@ -38,7 +38,7 @@ _GENERATIONS_KEPT = 512
 _LATE_S = 60.0
 
 # What a router asks and writes all the time is made once. A statement's parameters refer to themselves: made anew each
-# time, they would wait for the garbage collector, up to 100 KB of them.
+# time, they would wait for the garbage collector, up to 150 KB of them.
 _VERSION = select(tables.installation.c.catalog_version)
 _RAISE_VERSION = update(tables.installation).values(catalog_version=tables.installation.c.catalog_version + 1)
 # Every router writes of the same agents: they lock the rows in one order, or two could wait for each other.
