@@ -41,6 +41,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Note how the run ended: `.ci/run` runs again what failed in one that came to its end, and in no other."""
-    cache = session.config.cache
+    cache = getattr(session.config, "cache", None)  # which `-p no:cacheprovider` takes away
     if cache is not None:
         cache.set("run/exitstatus", int(exitstatus))
