@@ -267,6 +267,36 @@ async def test_workers_end_with_their_parent(prepared: tuple[Accounts, str]) -> 
         assert len(routers.router.lines("the parent process is gone")) == 2
 
 
+@pytest.mark.parametrize("parent_first", [True, False])
+async def test_a_signal_beside_the_end_of_the_parent_cuts_nothing_short(
+    prepared: tuple[Accounts, str], parent_first: bool
+) -> None:
+    """A service manager asks what is left of a service to end when its main process is gone, or asks all at once."""
+    accounts, url = prepared
+    async with SeveralRouters(accounts, database_url=url) as routers:
+        await routers.start_node()
+        await routers.each_ready()
+        workers = [routers.running_worker(number) for number in range(2)]
+        async with routers.client_of(0) as first, routers.client_of(1) as second:
+            lasting = [asyncio.create_task(stream_text(client, routers, SLOW)) for client in (first, second)]
+            for worker in range(2):
+                await eventually(partial(in_flight, routers, worker), what="the streams run", beside=lasting)
+            if parent_first:
+                await routers.router.kill()
+                await stopping(routers)
+            for process in workers:
+                process.terminate()
+            if not parent_first:
+                await stopping(routers)
+                await routers.router.kill()
+            assert [await task for task in lasting] == [SLOW_TEXT] * 2
+        await eventually(lambda: not alive(workers), what="no worker is left")
+
+
+async def stopping(routers: SeveralRouters) -> None:
+    await eventually(lambda: len(routers.router.lines("stopping")) == 2, what="both workers stop")
+
+
 async def test_an_agent_goes_on_with_a_router_that_joined_after_its_enrollment(prepared: tuple[Accounts, str]) -> None:
     accounts, url = prepared
     async with AsyncExitStack() as stack:

@@ -1,6 +1,7 @@
 """Clients of HTTP/1.0: they know no chunks, and the end of the connection ends an answer without a length."""
 
 import asyncio
+import socket
 
 import pytest
 
@@ -85,6 +86,24 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_whole() -> None:
         work.fail(FailCode.ENGINE_BROKEN)
         with pytest.raises(ConnectionResetError):
             await to_the_end(call)
+
+
+@pytest.mark.parametrize("size", [4_194_304, 40_960], ids=["not all is given out", "all but the client's part is done"])
+async def test_an_answer_that_is_cut_off_on_its_way_is_not_taken_for_whole(size: int) -> None:
+    """As where the router ends before a slow client has all of it."""
+    async with Rig("a", response_buffer_bytes=1024) as rig, rig.agent("a", serve=hold) as agent:
+        rig._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        async with await ask(rig, receive_buffer_bytes=4096) as call:
+            writing = asyncio.create_task((await agent.work()).answer(bytes(size)))
+            (connection,) = rig._server.server_state.connections
+            transport = connection.transport
+            until_closing = size < 65_536
+            await until(lambda: transport.get_write_buffer_size() > 0 and transport.is_closing() is until_closing)
+            assert rig._server.cut_off() == 1
+            with pytest.raises(ConnectionResetError):
+                await to_the_end(call)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
 
 
 async def test_an_answer_of_known_length_has_it() -> None:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import signal
 import socket
 import ssl
 import sys
@@ -251,7 +252,8 @@ class Router:
     def _on_orphaned(self) -> None:
         asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
         log.warning("the parent process is gone")
-        self._on_signal()
+        # As if it had told this worker: what a service manager tells it too, before or after, hurries nothing.
+        signal.raise_signal(signal.SIGTERM)
 
     def _on_signal(self) -> None:
         if self._stopping.is_set():
@@ -302,7 +304,7 @@ class _Server(uvicorn.Server):
         """Close the connections that are left, so that their handlers end by themselves; returns how many."""
         connections = list(self.server_state.connections)
         for connection in connections:
-            connection.transport.abort()
+            connection.end()  # type: ignore[union-attr]  # each is an HttpProtocol
         return len(connections)
 
     def stop_listening(self) -> None:

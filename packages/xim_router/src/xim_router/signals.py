@@ -2,7 +2,7 @@
 
 A second SIGTERM or SIGINT is somebody who does not want to wait. A second SIGHUP is not: a terminal that is closed may
 send several, and a service manager one right behind its SIGTERM. To a worker a second SIGTERM is not either: a service
-manager sends it one beside the one that its parent passes on. Its parent hurries it by SIGINT.
+manager sends it one beside the one that its parent passes on, or beside its end. Its parent hurries it by SIGINT.
 """
 
 import asyncio

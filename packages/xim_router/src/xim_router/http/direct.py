@@ -8,6 +8,7 @@ All knowledge of uvicorn's inside stands in this module, and `tests/router/http/
 """
 
 import array
+import asyncio
 import fcntl
 import socket
 import struct
@@ -74,6 +75,16 @@ def suit(cycle: RequestResponseCycle) -> None:
     if cycle.scope["http_version"] == "1.0":
         cycle.__class__ = CloseDelimitedCycle
         cycle.waiting_for_100_continue = False  # it knows no such answer (RFC 9110, section 15.2)
+
+
+def break_off(cycle: RequestResponseCycle | None, transport: asyncio.Transport) -> None:
+    """Close a connection now, without flushing; `cycle` is the request whose answer it may be in the middle of."""
+    if isinstance(cycle, CloseDelimitedCycle) and (not transport.is_closing() or transport.get_write_buffer_size()):
+        # To this client an ordinary end would be the end of a whole answer: reset the connection.
+        reset = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    # Not asked for its class: uvloop's transports are none of asyncio's.
+    transport.abort()
 
 
 class UvicornWriter:
@@ -166,12 +177,7 @@ class UvicornWriter:
 
     def abort(self) -> None:
         """Close the connection now, without flushing."""
-        if isinstance(self._cycle, CloseDelimitedCycle) and not self._transport.is_closing():
-            # To this client an ordinary end would be the end of a whole answer: reset the connection.
-            reset = struct.pack("ii", 1, 0)
-            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-        # Not asked for its class: uvloop's transports are none of asyncio's.
-        self._transport.abort()
+        break_off(self._cycle, self._transport)
 
 
 class NoDirectWay:

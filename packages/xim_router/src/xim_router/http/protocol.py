@@ -21,7 +21,7 @@ from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from xim_router.http.crowd import Crowd
-from xim_router.http.direct import suit
+from xim_router.http.direct import break_off, suit
 from xim_router.http.errors import REQUEST_ID_HEADER, ApiError, answer, client_request_id, new_request_id
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def end(self) -> None:
         """Close now, without flushing."""
-        self.transport.abort()
+        break_off(self._running, self.transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
