@@ -21,7 +21,8 @@ key included. `--json` writes JSON on standard output, for programs."""
 
 _AGENT = """\
 `xerotier-backend-agent` is another name of the same program. The first SIGTERM, SIGHUP or Ctrl-C drains: nothing new is
-taken, what is in flight has 30 s, then the engine is stopped; a second one ends at once."""
+taken, what is in flight has 30 s, then the engine is stopped; a second SIGTERM or Ctrl-C
+ends at once."""
 
 
 def commands_page() -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 from glob import glob
@@ -161,6 +162,26 @@ async def test_under_nohup_a_terminal_that_closes_changes_nothing() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
         signal.signal(signal.SIGHUP, before)
+
+
+async def test_a_terminal_that_closes_hurries_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The shell in it passes its own SIGHUP on, and the kernel sends another one when the shell has ended."""
+    caplog.set_level(logging.INFO)
+    stop, me = StopRequest(), asyncio.current_task()
+    assert me is not None
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await stop.asked.wait()
+        os.kill(os.getpid(), signal.SIGHUP)
+        await eventually(lambda: caplog.messages.count("signal") == 2, what="the second one is heard")
+        assert not me.cancelling()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(asyncio.CancelledError):
+            await eventually(lambda: False, what="who does not want to wait is heard")
+        assert me.uncancel() == 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().remove_signal_handler(number)
 
 
 async def test_a_signal_while_vllm_is_asked_for_its_flags_ends_the_agent(tmp_path: Path) -> None:

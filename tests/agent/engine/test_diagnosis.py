@@ -139,6 +139,21 @@ def test_the_kernels_count_is_read_where_it_is_kept(tmp_path: Path) -> None:
     assert oom_kills(vmstat) is None
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "ValueError: The repository /models/x contains custom code which must be executed to correctly load the model.",
+        "RuntimeError: Failed to load the tokenizer. If the tokenizer is a custom tokenizer not yet available in",
+    ],
+)
+def test_a_tokenizer_that_is_code_is_no_missing_one(raised: str) -> None:
+    frame = '  File "/usr/lib/python3/site-packages/vllm/tokenizers/hf.py", line 199, in from_pretrained'
+    found = diagnose([frame, raised], 1)
+    assert found is not None
+    assert found.trouble is Trouble.MODEL_UNKNOWN
+    assert "--trust-remote-code" in found.remedy
+
+
 def test_a_tokenizer_that_may_not_be_read_is_a_matter_of_permission() -> None:
     frame = '  File "/usr/lib/python3/site-packages/vllm/tokenizers/hf.py", line 181, in from_pretrained'
     found = diagnose([frame, "PermissionError: [Errno 13] Permission denied: '/models/x/tokenizer.json'"], 1)

@@ -338,6 +338,15 @@ def test_the_positions_limit_the_context_as_in_vllm(tmp_path: Path, rope: object
     assert read_model(model(tmp_path, rope_scaling=rope)).context_limit == limit
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "hy.tiktoken", "tokenizer.model.v3"])
+def test_every_kind_of_tokenizer_is_found(tmp_path: Path, name: str) -> None:
+    """Some have nothing but a .tiktoken beside the code that reads it, as Qwen's first models."""
+    directory = model(tmp_path)
+    assert not read_model(directory).has_tokenizer
+    (directory / name).write_text("")
+    assert read_model(directory).has_tokenizer
+
+
 def test_no_positions_no_limit(tmp_path: Path) -> None:
     assert read_model(model(tmp_path, max_position_embeddings=None)).context_limit is None
 

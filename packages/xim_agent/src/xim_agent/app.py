@@ -72,7 +72,8 @@ async def serve(settings: AgentSettings, join_key: JoinKey | None) -> None:
 class StopRequest:
     """SIGTERM, SIGINT and SIGHUP: the first asks for an orderly end, a second one cancels the task that made this.
 
-    A terminal that closes sends SIGHUP; it stays without effect for who was started under `nohup`.
+    A second SIGHUP does not: a terminal that closes may send several, its shell's and the kernel's. One that is ignored
+    from the start (`nohup`) stays so.
     """
 
     def __init__(self) -> None:
@@ -82,11 +83,11 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            loop.add_signal_handler(number, self._signalled, number.name)
+            loop.add_signal_handler(number, self._signalled, number)
 
-    def _signalled(self, name: str) -> None:
-        log.info("signal", extra={"signal": name, "again": self.asked.is_set()})
-        if self.asked.is_set() and self._task is not None:
+    def _signalled(self, number: signal.Signals) -> None:
+        log.info("signal", extra={"signal": number.name, "again": self.asked.is_set()})
+        if self.asked.is_set() and number is not signal.SIGHUP and self._task is not None:
             self._task.cancel()
         self.asked.set()
 

@@ -181,6 +181,13 @@ _SIGNS: tuple[_Sign, ...] = (
         "this GPU lacks is changed by XEROTIER_AGENT_VLLM_QUANTIZATION",
     ),
     _sign(
+        Trouble.MODEL_UNKNOWN,
+        r"contains custom code which must be executed|Failed to load the (?:model config|tokenizer)\. If the",
+        "the model needs code of its own, which is not trusted",
+        "If you trust whoever made the model: --trust-remote-code in XEROTIER_AGENT_VLLM_ARGS; else a newer vLLM "
+        "(XEROTIER_AGENT_VLLM_PATH) may know it",
+    ),
+    _sign(
         Trouble.NOT_PERMITTED,
         r"(?:PermissionError: \[Errno 13\] Permission denied|OSError: \[Errno 30\] Read-only file system): ('[^']*')",
         "the engine may not use a file",

@@ -18,6 +18,8 @@ _TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tiktoken.model"),
 )
+_TOKENIZER_FORMS = ("*.tiktoken", "tokenizer.model.v*")
+"""What the checkpoint's own code reads, as that of Qwen's first models, and what Mistral had before tekken.json."""
 _POOLING_ENDINGS = (
     *("Model", "ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "RewardModel"),
     *("EmbeddingModel", "ForMaskedLM", "ForTextEncoding"),
@@ -105,7 +107,7 @@ def read_model(path: Path) -> ModelFacts:
         moe=_moe(text),
         mtp_layers=_mtp_layers(text, checkpoint),
         quantization=quantization,
-        has_tokenizer=any(os.path.exists(path / name) for name in _TOKENIZERS),
+        has_tokenizer=_has_tokenizer(path),
         has_chat_template=_has_chat_template(path),
         pooling=os.path.exists(path / "modules.json") or any(name.endswith(_POOLING_ENDINGS) for name in architectures),
         multimodal=any(config.has(name) for name in _OTHER_SENSES),
@@ -196,6 +198,12 @@ def _mtp_layers(text: Config, checkpoint: Checkpoint | None) -> int:
     if said is not None:
         return said
     return 1 if checkpoint is not None and checkpoint.has_mtp else 0
+
+
+def _has_tokenizer(path: Path) -> bool:
+    if any(os.path.exists(path / name) for name in _TOKENIZERS):
+        return True
+    return any(os.path.exists(file) for form in _TOKENIZER_FORMS for file in path.glob(form))
 
 
 def _has_chat_template(path: Path) -> bool:
