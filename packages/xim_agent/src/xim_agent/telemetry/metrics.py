@@ -84,7 +84,7 @@ ROWS: tuple[MetricRow, ...] = (
     MetricRow(
         name="xim_agent_memory_blocks",
         kind="gauge",
-        help="Memory that Python uses now, in blocks of up to 512 bytes. Resident memory keeps the height of the "
+        help="Blocks of memory that Python uses now, of any size. Resident memory keeps the height of the "
         "highest load; this falls back, and grows from day to day only where something leaks.",
     ),
 )

@@ -119,7 +119,7 @@ STREAMS = _gauge("xim_router_streams", "Streams that the sessions with agents kn
 TASKS = _gauge("xim_router_tasks", "Tasks of the event loop: one per client, and a few of the router's own.")
 MEMORY_BLOCKS = _gauge(
     "xim_router_memory_blocks",
-    "Memory that Python uses now, in blocks of up to 512 bytes. Resident memory keeps the height of the highest load; "
+    "Blocks of memory that Python uses now, of any size. Resident memory keeps the height of the highest load; "
     "this falls back, and grows from day to day only where something leaks.",
 )
 
