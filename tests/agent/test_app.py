@@ -83,7 +83,7 @@ async def test_from_a_join_key_to_an_answer_to_an_orderly_end(tmp_path: Path) ->
 
 
 async def test_it_serves_whose_standard_input_is_closed(tmp_path: Path) -> None:
-    """Some daemons start others so. What was opened first took its place, and was handed to the engine's guard."""
+    """Some daemons start others so. What is opened first takes its place; the engine's guard must not read it."""
     async with enrollment_router() as enroll, RouterStub() as router:
         enroll.answers.append(granted(router))
         async with agent_process(tmp_path, enroll, without_input=True) as agent:

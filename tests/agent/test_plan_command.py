@@ -185,7 +185,7 @@ def test_what_outlives_a_start_lies_beside_the_model_cache(tmp_path: Path) -> No
 def test_agents_with_config_directories_of_one_relative_name_have_sockets_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One agent for each GPU, each started in a directory of its own: the second took the socket of the first."""
+    """One agent for each GPU, each started in a directory of its own: none may take the socket of another."""
     paths = set()
     for name in ("gpu0", "gpu1"):
         (tmp_path / name).mkdir()

@@ -138,7 +138,7 @@ def children(folder: Path) -> list[psutil.Process]:
 
 
 async def test_what_takes_too_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child was waited for, which may be for ever, after the script was killed."""
+    """A killed script's child still holds its output, for ever perhaps."""
     monkeypatch.setattr(capabilities, "HELP_TIMEOUT_S", 0.2)
     assert asked(never_answering(tmp_path), tmp_path) == EngineFacts()
     await eventually(lambda: not alive(children(tmp_path)), what="the children end")

@@ -334,7 +334,7 @@ async def test_nonsense_from_the_router_ends_the_link_and_nothing_else() -> None
 async def test_a_fault_of_ours_at_a_deadline_is_an_error_of_the_link_as_one_in_a_message_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It was the event loop's alone to log; no timer was left, so the lease was neither renewed nor ever over."""
+    """Were it the event loop's alone to log, no timer would be left: no renewal, no end of the lease."""
 
     def faulty(now: float) -> list[AgentEvent]:
         raise ZeroDivisionError("a fault of ours")

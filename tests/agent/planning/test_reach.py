@@ -19,7 +19,7 @@ from xim_agent.planning.render import as_text
     ],
 )
 def test_what_keeps_the_agent_from_its_engine_stops_the_start(values: dict[str, str], told: str) -> None:
-    """The start went on, for ten minutes or with an error for every request."""
+    """A start would wait for ten minutes, or end in an error for every request."""
     plan = planned("h200", **values)
     (problem,) = plan.problems
     assert told in problem

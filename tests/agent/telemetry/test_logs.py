@@ -63,7 +63,7 @@ def test_a_traceback_is_kept(formatter: logging.Formatter) -> None:
 
 
 def test_without_standard_error_nothing_is_written_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python has none where whoever started the agent closed it: the agent ended at once, and could not say why."""
+    """Python has none where whoever started the agent closed it, and a fault then could not even be told."""
     monkeypatch.setattr("sys.stderr", None)
     configure("info")
     logging.getLogger("x").warning("unheard")
