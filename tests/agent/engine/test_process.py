@@ -284,7 +284,7 @@ def test_a_socket_directory_that_another_user_made_is_refused(tmp_path: Path, mo
         os.chown(directory, 12345, -1)
     else:
         monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    with pytest.raises(EngineFailed, match="other users"):
+    with pytest.raises(EngineFailed, match=f"other users: its owner is uid {directory.stat().st_uid}, its mode 1777"):
         remove_socket(directory / "engine.sock")
 
 

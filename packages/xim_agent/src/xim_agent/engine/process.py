@@ -309,9 +309,12 @@ def remove_socket(path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _changed_by_others(path.parent):
+            found = path.parent.stat()
             raise EngineFailed(
-                f"{path.parent} can be changed by other users",
-                "Set XEROTIER_AGENT_VLLM_SOCKET_PATH to a place that is yours",
+                f"{path.parent} can be changed by other users: its owner is uid {found.st_uid}, its mode "
+                f"{stat.S_IMODE(found.st_mode):o}",
+                f"Make it a directory of uid {os.getuid()} alone (mode 700), or set XEROTIER_AGENT_VLLM_SOCKET_PATH to "
+                "one that is",
                 [],
             )
         if not stat.S_ISSOCK(path.lstat().st_mode):
