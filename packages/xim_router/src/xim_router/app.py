@@ -62,7 +62,7 @@ METRICS_CONNECTIONS = 32
 
 
 def serve(settings: RouterSettings, worker: int | None = None) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; a second signal ends at once.
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second one ends at once, unless `signals` says that it does not.
 
     `worker` is this process's number where it is one of several: it shares the HTTP port, and ends with its parent.
 
